@@ -1,0 +1,60 @@
+"""Workbench: see what LLM inference costs and what each method does to it.
+
+    import workbench as wb
+
+    lm = wb.load("tiny-dense")
+    cmp = wb.compare(lm, wb.workloads.recall(context=512), [wb.StreamingLLM(budget=0.2), wb.H2O(budget=0.2)])
+
+Names are imported when they are first used, so `import workbench` alone is instant and draws in no plotly.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Comparison": "workbench.trace.comparison",
+    "LM": "workbench.models.load",
+    "METHODS": "workbench.methods",
+    "Method": "workbench.methods",
+    "MethodDidNotFire": "workbench.errors",
+    "Session": "workbench.engine.session",
+    "Setup": "workbench.engine.setup",
+    "Trace": "workbench.trace.trace",
+    "UserError": "workbench.errors",
+    "compare": "workbench.experiments.compare",
+    "knob": "workbench.methods",
+    "load": "workbench.models.load",
+    "profile": "workbench.probes.profiler",
+    "register": "workbench.methods",
+}
+"""Where each public name is defined. Method classes are not listed: the registry knows them."""
+
+_PACKAGES = ("plots", "workloads")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"workbench.{name}")
+    if name == "__all__":
+        return sorted([*_HOMES, *_PACKAGES, *_method_classes()])
+    if name[:1].isupper():
+        classes = _method_classes()
+        if name in classes:
+            return classes[name]
+    raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__getattr__("__all__")]
+
+
+def _method_classes() -> dict[str, type]:
+    """The methods that come with the package, by class name."""
+    methods = importlib.import_module("workbench.methods")
+    return {cls.__name__: cls for cls in methods.METHODS.values() if cls.__module__.startswith(f"{__name__}.")}

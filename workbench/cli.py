@@ -1,0 +1,322 @@
+"""The command line: the same API, for a terminal or a script."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from workbench.errors import UserError
+
+if TYPE_CHECKING:
+    from workbench.trace.comparison import Comparison
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="See what LLM inference costs and what each method does to it. Add --debug to any command for a traceback.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to standard output.")]
+Model = Annotated[str, typer.Option(help="A built-in model, gemma-3-270m, a directory or a hub id.")]
+
+DEMO_METHODS = ("streaming-llm", "h2o", "snapkv")
+DEMO_BUDGETS = (0.75, 0.5, 0.2)
+
+_out = Console()
+_err = Console(stderr=True)
+
+
+def main() -> None:
+    """Runs the command line. A UserError is one sentence and exit code 2."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        app([argument for argument in arguments if argument != "--debug"])
+    except UserError as error:
+        if debug:
+            raise
+        _err.print(f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except Exception as error:
+        if debug:
+            raise
+        kind = type(error).__name__
+        _err.print(f"[red]Failed:[/red] {kind}: {escape(str(error))} Run again with --debug for the traceback.", soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report and the traces.")] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """Compare dense with three cache methods on the built-in model, and write a report."""
+    methods = [f"{name}:budget={budget}" for budget in DEMO_BUDGETS for name in DEMO_METHODS]
+    _compare("tiny-dense", "recall", {"context": 512, "samples": 8}, methods, out, as_json)
+
+
+@app.command()
+def profile(
+    model: Model = "tiny-dense",
+    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 text file with the prompt.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Without a prompt: this many tokens of standard-library text.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
+    method: Annotated[str, typer.Option(help="NAME:knob=value,knob=value; see `workbench methods`.")] = "dense",
+    importance: Annotated[str, typer.Option(help="off, window or full: record attention mass by position.")] = "off",
+    out: Annotated[Path, typer.Option(help="Folder for the trace.")] = Path("run.trace"),
+    as_json: Json = False,
+) -> None:
+    """Record a trace of a prompt and its continuation, and print what each phase costs."""
+    from workbench.engine.session import Session
+    from workbench.methods import parse_method
+    from workbench.models.load import load
+
+    text = _prompt_text(prompt, prompt_file)
+    chosen = parse_method(method)
+    if new_tokens < 1:
+        raise UserError(f"--new-tokens cannot be {new_tokens}; ask for 1 or more.")
+    if text is None and prompt_tokens < 1:
+        raise UserError(f"--prompt-tokens cannot be {prompt_tokens}; ask for 1 or more.")
+    lm = load(model)
+    ids = _prompt_ids(lm, text, prompt_tokens)
+    limit = lm.anatomy.max_positions
+    if limit is not None and len(ids) + new_tokens > limit:
+        raise UserError(
+            f"{len(ids)} prompt tokens and {new_tokens} new ones do not fit {model}, whose context is {limit}; shorten either."
+        )
+    session = Session(lm, chosen, importance=importance, out=out)
+    with _progress(as_json) as advance:
+        session.prefill(ids)
+        done = 0
+
+        def count(_: list[int]) -> None:
+            nonlocal done
+            done += 1
+            advance("decode", done, new_tokens)
+
+        session.generate(new_tokens, on_token=count, stop_at_end=False)
+    session.close()
+    summary = session.trace.summary()
+    columns = ["phase", "tokens", "seconds", "flops", "bytes", "kv_physical_bytes", "kv_nominal_bytes"]
+    phases = summary[columns].to_dict("records")
+    if as_json:
+        _print_json({"trace": str(out), "phases": phases})
+        return
+    from workbench.plots.theme import human_bytes
+
+    table = Table(title=f"{model}, {session.setup.label}, {len(ids)} + {new_tokens} tokens", title_justify="left")
+    for name in ("phase", "tokens", "time", "FLOPs", "bytes moved", "KV held", "KV by budget"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for row in phases:
+        sizes = [human_bytes(row[name]) for name in columns[4:]]
+        table.add_row(row["phase"], str(row["tokens"]), f"{1000 * row['seconds']:.1f} ms", f"{row['flops']:.4g}", *sizes)
+    _out.print(table)
+    _out.print("Time and KV held are measured; FLOPs and bytes moved (fused) are modelled.", style="dim")
+    _out.print(f"Trace: {out}", highlight=False)
+
+
+@app.command()
+def compare(
+    model: Model = "tiny-dense",
+    workload: Annotated[str, typer.Option(help="What to run: recall or text.")] = "recall",
+    context: Annotated[int, typer.Option(help="Tokens of each context.")] = 512,
+    samples: Annotated[int, typer.Option(help="How many contexts.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 0,
+    query_aware: Annotated[bool, typer.Option(help="recall: let methods see the question when they compress.")] = False,
+    method: Annotated[list[str] | None, typer.Option(help="NAME:knob=value,…; may be given several times.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report, the rows and the traces.")] = Path("comparison"),
+    as_json: Json = False,
+) -> None:
+    """Run several methods on one workload: quality beside cost, in a table and a report."""
+    settings: dict[str, Any] = {"context": context, "samples": samples, "seed": seed}
+    if query_aware:
+        settings["query_aware"] = True
+    _compare(model, workload, settings, method or [], out, as_json)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods with their knobs."""
+    from workbench.methods import METHODS, describe
+
+    described = [describe(cls) for cls in METHODS.values()]
+    if as_json:
+        _print_json(described)
+        return
+    table = Table(show_lines=True)
+    for name in ("method", "slot", "what it does", "knobs"):
+        table.add_column(name)
+    for entry in described:
+        knobs = "\n".join(f"{knob['name']}={knob['default']} [dim]{knob['unit']}[/dim]" for knob in entry["knobs"])
+        table.add_row(entry["name"], entry["slot"], f"{entry['summary']}\n[dim]{entry['paper']}[/dim]", knobs)
+    _out.print(table)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the models that need no hub."""
+    from workbench.models.catalogue import catalogue
+
+    entries = catalogue()
+    if as_json:
+        _print_json(entries)
+        return
+    table = Table()
+    for name in ("model", "class", "parameters", "layers", "context", "ready"):
+        table.add_column(name)
+    for entry in entries:
+        shape = [str(entry[key] if entry[key] is not None else "?") for key in ("class_name", "parameters", "layers", "context")]
+        table.add_row(entry["name"], *shape, "yes" if entry["ready"] else escape(entry["how"]))
+    _out.print(table)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what works on this machine, and why something does not."""
+    from workbench.doctor import checks
+    from workbench.probes.environment import environment
+
+    found = checks()
+    if as_json:
+        _print_json({"environment": environment(), "checks": found})
+        return
+    table = Table()
+    for name in ("check", "", "detail"):
+        table.add_column(name, overflow="fold")
+    for check in found:
+        table.add_row(check["name"], "[green]ok[/green]" if check["ok"] else "[yellow]no[/yellow]", escape(check["detail"]))
+    _out.print(table)
+
+
+def _compare(model: str, workload: str, settings: dict[str, Any], methods: list[str], out: Path, as_json: bool) -> None:
+    from workbench.experiments.compare import compare as run
+    from workbench.methods import parse_method
+    from workbench.models.load import load
+    from workbench.workloads import WORKLOADS
+
+    setups = [parse_method(text) for text in methods]
+    chosen = _workload(WORKLOADS[workload], settings)
+    lm = load(model)
+    _check_writable(out)
+    with _progress(as_json) as advance:
+        comparison = run(lm, chosen, setups, on_progress=advance)
+    comparison.save(out)
+    report = comparison.report(out / "report.html")
+    if as_json:
+        _print_json({**comparison.to_dict(), "report": str(report)})
+        return
+    _print_comparison(comparison)
+    _out.print(f"Report: {report}", highlight=False)
+
+
+def _workload(cls: type, settings: dict[str, Any]):
+    try:
+        return cls(**settings)
+    except TypeError:
+        unknown = [name for name in settings if name not in cls.__dataclass_fields__]
+        raise UserError(f"Workload {cls.name!r} has no setting {unknown[0]!r}; leave it out.") from None
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    from workbench.report import cell
+
+    about = comparison.about
+    settings = ", ".join(f"{name} {value}" for name, value in about["settings"].items())
+    table = Table(title=f"{about['workload']} on {about['model']} ({settings})", title_justify="left")
+    columns = {
+        "score": "score",
+        "KL to dense": "kl_to_dense",
+        "KV held": "kv_physical_bytes",
+        "TTFT": "ttft_s",
+        "TPOT": "tpot_s",
+        "decode FLOPs": "decode_flops",
+        "fired on": "fired",
+    }
+    table.add_column("setup")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in comparison.rows:
+        table.add_row(row.setup, *(_strip_tags(cell(row, column)) for column in columns.values()))
+    _out.print(table)
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str | None:
+    """The prompt given, or None for standard-library text. Raises UserError for an empty or unreadable one."""
+    if prompt is not None and prompt_file is not None:
+        raise UserError("Give either --prompt or --prompt-file, not both.")
+    if prompt_file is None:
+        if prompt is not None and not prompt.strip():
+            raise UserError("The prompt is empty; give some text, or leave --prompt out to use standard-library text.")
+        return prompt
+    try:
+        text = prompt_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{prompt_file} is not UTF-8 text; give a text file.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {prompt_file} ({error.strerror}); give a text file.") from None
+    if "\0" in text:
+        raise UserError(f"{prompt_file} holds zero bytes, so it is no text; give a text file.")
+    if not text.strip():
+        raise UserError(f"{prompt_file} is empty; put the prompt into it.")
+    return text
+
+
+def _prompt_ids(lm, text: str | None, num_tokens: int) -> list[int]:
+    from workbench.workloads.plain_text import prompt_tokens
+
+    return list(prompt_tokens(lm, num_tokens)) if text is None else lm.tokenizer(text, verbose=False).input_ids
+
+
+def _check_writable(directory: Path) -> None:
+    """Raises UserError before a long run if its results could not be written."""
+    nearest = directory
+    while not nearest.exists():
+        nearest = nearest.parent
+    probe = nearest / ".workbench-probe"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"Cannot write to {directory} ({error.strerror}); choose another folder with --out.") from None
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """A progress bar on standard error; yields `advance(label, done, total)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_err, transient=True, disable=quiet) as progress:
+        tasks: dict[str, Any] = {}
+
+        def advance(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = progress.add_task(label, total=total)
+            progress.update(tasks[label], completed=done)
+
+        yield advance
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _strip_tags(text: str) -> str:
+    import html
+    import re
+
+    return html.unescape(re.sub(r"<[^>]+>", "", text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What follows from a trace: FLOPs, bytes and metrics. Pure functions."""

@@ -1,0 +1,156 @@
+"""Bytes moved between memory and the processor, modelled from a trace's counts. Never mixed with measured bytes.
+
+`eager`: operands in + results out of every operation, as the framework runs them one by one.
+`fused`: what a good kernel must move: weights once a forward, K and V once per kv head and pass, experts only if hit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from workbench.cost.flops import grouped
+from workbench.errors import UserError
+from workbench.trace.anatomy import Anatomy, Attention, Layer, Linear
+
+if TYPE_CHECKING:
+    from workbench.trace.trace import Trace
+
+MODELS = ("eager", "fused")
+ON_CHIP_BYTES = 192 * 1024
+"""Fast memory a fused attention kernel may use per block: about what one SM of an A100 or H100 offers."""
+
+_SOFTMAX_BYTES = 4
+_INDEX_BYTES = 8
+
+
+def linear_bytes(tokens, linear: Linear, element_bytes: int):
+    """Input, weight, bias and output of one matrix product."""
+    weight = linear.in_features * linear.out_features + (linear.out_features if linear.bias else 0)
+    return element_bytes * (tokens * (linear.in_features + linear.out_features) + weight)
+
+
+def norm_bytes(tokens, size: int, element_bytes: int):
+    """Input, weight and output of one normalisation as a single operation."""
+    return element_bytes * (2 * tokens * size + size)
+
+
+def embedding_bytes(tokens, hidden_size: int, element_bytes: int):
+    """Token ids in, one row of the table each in and out."""
+    return tokens * (2 * hidden_size * element_bytes + _INDEX_BYTES)
+
+
+def eager_attention_bytes(batch, q_len, kv_read, attention: Attention, element_bytes: int):
+    """One layer of eager attention, operation by operation (`eager_attention_forward` in transformers).
+
+    With N = batch x q heads: repeating K and V for their query heads (where heads are shared), scores = q @ k^T,
+    scaling, adding the mask, softmax in float32, weights @ v, and making the output contiguous.
+    """
+    q_elements = batch * attention.num_q_heads * q_len * attention.head_dim
+    out_elements = batch * attention.num_q_heads * q_len * attention.value_dim
+    k_elements = batch * attention.num_q_heads * kv_read * attention.head_dim
+    v_elements = batch * attention.num_q_heads * kv_read * attention.value_dim
+    scores = batch * attention.num_q_heads * q_len * kv_read
+    mask = batch * q_len * kv_read
+    repeat = 2 * (k_elements + v_elements) if attention.group > 1 else 0
+    moved = repeat + (q_elements + k_elements + scores) + 2 * scores + (2 * scores + mask)
+    moved = moved + (scores + v_elements + out_elements) + 2 * out_elements
+    return element_bytes * moved + scores * (element_bytes + _SOFTMAX_BYTES)
+
+
+def fused_attention_bytes(batch, q_len, kv_read, attention: Attention, element_bytes: int, on_chip_bytes: int = ON_CHIP_BYTES):
+    """FlashAttention-2 order: Q and the output once, K and V once per kv head and pass over a block of queries.
+
+    A block holds `M / (2 D)` query rows (M = on-chip elements; the G query heads of a kv head share a pass), so K and V
+    are read `passes = ceil(G q_len / block)` times; a causal prefill skips the blocks above the diagonal, a factor
+    `(1 + 1/passes) / 2`. Source: I/O complexity of attention, arXiv 2402.07443, with FlashAttention-2's block rule.
+    """
+    block = max(1, on_chip_bytes // element_bytes // (2 * attention.head_dim))
+    rows = np.asarray(q_len) * attention.group
+    passes = -(-rows // block)
+    new_only = np.asarray(q_len) == np.asarray(kv_read)
+    share = np.where(new_only, (1 + 1 / passes) / 2, 1.0)
+    key_value = attention.num_kv_heads * np.asarray(kv_read) * (attention.head_dim + attention.value_dim)
+    q_and_out = attention.num_q_heads * np.asarray(q_len) * (attention.head_dim + attention.value_dim)
+    return (element_bytes * np.asarray(batch) * (q_and_out + np.rint(key_value * passes * share))).astype(np.int64)
+
+
+def cache_append_bytes(batch, q_len, kv_held, attention: Attention, element_bytes: int, model: str):
+    """Writing new K and V: eager concatenates (all in, all out), a fused kernel reads and writes the new rows."""
+    rows = kv_held if model == "eager" else q_len
+    return 2 * element_bytes * batch * rows * attention.num_kv_heads * (attention.head_dim + attention.value_dim)
+
+
+def bytes_rows(trace: Trace, model: str = "fused") -> pd.DataFrame:
+    """One row a step, layer (-1: outside the layers) and component, with its `bytes`."""
+    if model not in MODELS:
+        raise UserError(f"There is no byte model {model!r}; the models are {' and '.join(MODELS)}.")
+    anatomy = trace.anatomy
+    steps = trace.table("steps")
+    attention = trace.table("attention")
+    cache = trace.table("cache")
+    parts = _outside_layers(steps, anatomy)
+    for layer in anatomy.layers:
+        parts += _layer_rows(layer, steps, attention[attention["layer"] == layer.index], anatomy, model)
+    parts += _expert_rows(trace)
+    scoring = cache["op"] == "score"
+    for component, chosen in (("method", cache[scoring]), ("cache", cache[~scoring])):
+        moved = chosen[chosen["extra_bytes"] > 0]
+        parts.append(_rows(moved, moved["layer"], component, moved["extra_bytes"]))
+    return pd.concat(parts, ignore_index=True).merge(steps[["step", "phase", "setup"]], on="step")
+
+
+def trace_bytes(trace: Trace, by: str | Sequence[str] | None, model: str) -> int | pd.DataFrame:
+    """Total bytes, or a frame grouped by any of `GROUPS`."""
+    return grouped(bytes_rows(trace, model), "bytes", by)
+
+
+def _outside_layers(steps: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]:
+    size = anatomy.element_bytes
+    tokens = steps["tokens"]
+    return [
+        _rows(steps, -1, "embedding", embedding_bytes(tokens, anatomy.hidden_size, size)),
+        _rows(steps, -1, "norm", sum(norm_bytes(tokens, norm, size) for norm in anatomy.final_norms)),
+        _rows(steps, -1, "lm_head", linear_bytes(steps["logits"], anatomy.lm_head, size)),
+    ]
+
+
+def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, anatomy: Anatomy, model: str) -> list[pd.DataFrame]:
+    size = anatomy.element_bytes
+    tokens = steps["tokens"]
+    parts = [_rows(steps, layer.index, "norm", sum(norm_bytes(tokens, norm, size) for norm in layer.norms))]
+    for component in dict.fromkeys(linear.component for linear in layer.linears):
+        linears = [linear for linear in layer.linears if linear.component == component]
+        moved = sum(linear_bytes(tokens, linear, size) for linear in linears)
+        parts.append(_rows(steps, layer.index, component, moved))
+    if len(calls):
+        read = eager_attention_bytes if model == "eager" else fused_attention_bytes
+        moved = read(calls["batch"], calls["q_len"], calls["kv_read"], layer.attention, size)
+        parts.append(_rows(calls, layer.index, "attention.scores", moved))
+        cached = calls[calls["kv_held"] > 0]
+        appended = cache_append_bytes(cached["batch"], cached["q_len"], cached["kv_held"], layer.attention, size, model)
+        parts.append(_rows(cached, layer.index, "cache", appended))
+    return parts
+
+
+def _expert_rows(trace: Trace) -> list[pd.DataFrame]:
+    """Every expert that was hit moves its weights once a forward, and its tokens' activations."""
+    routing = trace.table("routing")
+    size = trace.anatomy.element_bytes
+    parts = []
+    for layer in trace.anatomy.layers:
+        if layer.experts is None:
+            continue
+        hit = routing[(routing["layer"] == layer.index) & (routing["tokens"] > 0)]
+        moved = sum(linear_bytes(hit["tokens"], linear, size) for linear in layer.experts.linears)
+        parts.append(_rows(hit, layer.index, "experts", moved))
+    return parts
+
+
+def _rows(source: pd.DataFrame, layer, component: str, moved) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"step": source["step"], "layer": layer, "component": component, "bytes": np.asarray(moved, dtype=np.int64)}
+    )

@@ -1,0 +1,104 @@
+"""FLOPs of matrix products, computed from a trace's counts and the model's anatomy.
+
+One multiply-add is 2 FLOPs. Norms, activations, softmax and rotary embeddings are not counted, as in torch's own
+counter. Two conventions: `full` counts every query against every key that is read, as an unmasked kernel and torch's
+counter do; `causal` counts the pairs the mask lets through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from workbench.errors import UserError
+from workbench.trace.anatomy import Attention, Linear
+
+if TYPE_CHECKING:
+    from workbench.trace.trace import Trace
+
+CONVENTIONS = ("full", "causal")
+COMPONENTS = (
+    "embedding",
+    "norm",
+    "attention.qkv",
+    "attention.scores",
+    "attention.out",
+    "mlp",
+    "router",
+    "experts",
+    "lm_head",
+    "cache",
+    "method",
+)
+GROUPS = ("phase", "component", "step", "layer", "setup")
+
+
+def linear_flops(tokens: int, linear: Linear) -> int:
+    """`tokens x in_features @ in_features x out_features`; adding a bias is free, as in torch's counter."""
+    return 2 * tokens * linear.in_features * linear.out_features
+
+
+def attention_flops(pairs: int, attention: Attention) -> int:
+    """Scores (head_dim products a pair) and weighted values (value_dim), for every query head."""
+    return 2 * pairs * attention.num_q_heads * (attention.head_dim + attention.value_dim)
+
+
+def flops_rows(trace: Trace, convention: str = "full") -> pd.DataFrame:
+    """One row a step, layer (-1: outside the layers) and component, with its `flops`."""
+    if convention not in CONVENTIONS:
+        raise UserError(f"There is no FLOP convention {convention!r}; the conventions are {' and '.join(CONVENTIONS)}.")
+    anatomy = trace.anatomy
+    steps = trace.table("steps")
+    attention = trace.table("attention")
+    parts = [_rows(steps, -1, "lm_head", linear_flops(steps["logits"], anatomy.lm_head))]
+    for layer in anatomy.layers:
+        for component in dict.fromkeys(linear.component for linear in layer.linears):
+            total = sum(linear_flops(1, linear) for linear in layer.linears if linear.component == component)
+            parts.append(_rows(steps, layer.index, component, total * steps["tokens"]))
+        of_layer = attention[attention["layer"] == layer.index]
+        full = of_layer["batch"] * of_layer["q_len"] * of_layer["kv_read"]
+        pairs = full if convention == "full" else of_layer["pairs"]
+        parts.append(_rows(of_layer, layer.index, "attention.scores", attention_flops(pairs, layer.attention)))
+    parts += _expert_rows(trace)
+    cache = trace.table("cache")
+    scored = cache[cache["extra_flops"] > 0]
+    parts.append(_rows(scored, scored["layer"], "method", scored["extra_flops"]))
+    rows = pd.concat(parts, ignore_index=True)
+    return rows.merge(steps[["step", "phase", "setup"]], on="step")
+
+
+def trace_flops(trace: Trace, by: str | Sequence[str] | None, convention: str) -> int | pd.DataFrame:
+    """Total FLOPs, or a frame grouped by any of `GROUPS`."""
+    return grouped(flops_rows(trace, convention), "flops", by)
+
+
+def grouped(rows: pd.DataFrame, column: str, by: str | Sequence[str] | None) -> int | pd.DataFrame:
+    """The sum of a column, or its sums by group. Raises UserError for a group that does not exist."""
+    if by is None:
+        return int(rows[column].sum())
+    names = [by] if isinstance(by, str) else list(by)
+    unknown = [name for name in names if name not in GROUPS]
+    if unknown:
+        raise UserError(f"Cannot group by {unknown[0]!r}; choose among {', '.join(GROUPS)}.")
+    return rows.groupby(names, sort=False, as_index=False, dropna=False)[column].sum()
+
+
+def _expert_rows(trace: Trace) -> list[pd.DataFrame]:
+    routing = trace.table("routing")
+    parts = []
+    for layer in trace.anatomy.layers:
+        if layer.experts is None:
+            continue
+        tokens = routing[routing["layer"] == layer.index].groupby("step", as_index=False)["tokens"].sum()
+        a_token = sum(linear_flops(1, linear) for linear in layer.experts.linears)
+        parts.append(_rows(tokens, layer.index, "experts", a_token * tokens["tokens"]))
+    return parts
+
+
+def _rows(source: pd.DataFrame, layer, component: str, flops) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"step": source["step"], "layer": layer, "component": component, "flops": np.asarray(flops, dtype=np.int64)}
+    )

@@ -1,0 +1,92 @@
+"""Metrics of a run, from its trace: time to first token, time per output token, cache bytes, what fired."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from workbench.trace.schema import PHASES
+
+if TYPE_CHECKING:
+    from workbench.trace.trace import Trace
+
+
+def ttft_ns(trace: Trace) -> int | None:
+    """Time to first token: the duration of the prefill, which ends with the first token's logits."""
+    steps = trace.table("steps")
+    prefill = steps.loc[steps["phase"] == "prefill", "duration_ns"]
+    return int(prefill.sum()) if len(prefill) else None
+
+
+def tpot_ns(trace: Trace) -> int | None:
+    """Time per output token: the median duration of a decode step."""
+    steps = trace.table("steps")
+    decode = steps.loc[steps["phase"] == "decode", "duration_ns"]
+    return int(decode.median()) if len(decode) else None
+
+
+def cache_bytes(trace: Trace) -> pd.DataFrame:
+    """Physical and nominal cache bytes after each step, summed over layers: `step, physical_bytes, nominal_bytes`."""
+    cache = trace.table("cache")
+    last = cache.groupby(["step", "layer"], as_index=False)[["physical_bytes", "nominal_bytes"]].last()
+    return last.groupby("step", as_index=False)[["physical_bytes", "nominal_bytes"]].sum()
+
+
+def phase_summary(trace: Trace) -> pd.DataFrame:
+    """One row a phase: steps, tokens, measured seconds, modelled FLOPs and fused bytes, cache bytes at the phase's end."""
+    steps = trace.table("steps")
+    flops = trace.flops(by="phase").set_index("phase")["flops"]
+    moved = trace.bytes(by="phase").set_index("phase")["bytes"]
+    held = cache_bytes(trace).merge(steps[["step", "phase"]], on="step").groupby("phase").last()
+    rows = []
+    for phase in PHASES:
+        of_phase = steps[steps["phase"] == phase]
+        if of_phase.empty:
+            continue
+        rows.append(
+            {
+                "phase": phase,
+                "steps": len(of_phase),
+                "tokens": int(of_phase["tokens"].sum()),
+                "seconds": of_phase["duration_ns"].sum() / 1e9,
+                "flops": int(flops.get(phase, 0)),
+                "bytes": int(moved.get(phase, 0)),
+                "kv_physical_bytes": int(held["physical_bytes"].get(phase, 0)),
+                "kv_nominal_bytes": int(held["nominal_bytes"].get(phase, 0)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Fired:
+    """What a cache method did: the layers and steps where it acted, of those where it had to."""
+
+    layers: int
+    due_layers: int
+    steps: int
+    due_steps: int
+
+    def __str__(self) -> str:
+        if self.due_steps == 0:
+            return "nothing to evict"
+        return f"fired on {self.layers}/{self.due_layers} layers, {self.steps}/{self.due_steps} steps"
+
+
+def fired(trace: Trace, may_evict: list[int]) -> Fired:
+    """Counts the layers and steps with an eviction, of the layers a method may act on and the steps it was due.
+
+    A step is due where a layer held more than its budget: the engine writes a `due` row there, and an `evict` row once
+    the cache has really shrunk.
+    """
+    cache = trace.table("cache")
+    due = cache[cache["op"] == "due"]
+    done = cache[(cache["op"] == "evict") & (cache["op_tokens"] > 0)]
+    if due.empty:
+        return Fired(0, len(may_evict), 0, 0)
+    every_layer = done.groupby("step")["layer"].nunique()
+    wanted = due.groupby("step")["layer"].nunique()
+    complete = sum(every_layer.get(step, 0) == count for step, count in wanted.items())
+    return Fired(int(done["layer"].nunique()), len(may_evict), int(complete), len(wanted))

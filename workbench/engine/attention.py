@@ -1,0 +1,43 @@
+"""The one attention function, registered with transformers under the name `workbench`.
+
+It serves models whose cache is an engine cache: the keys it is handed are a cache layer that knows how to attend. No
+mask function is registered under the name, so transformers builds no mask: the store knows what is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import AttentionInterface
+
+from workbench.probes.attention import OBSERVED, attention_configs
+
+NAME = "workbench"
+
+
+def workbench_attention(module, query, key, value, attention_mask, **kwargs):
+    """Attention over an engine cache layer, which `key` is."""
+    return key.attend(module, query, **kwargs)
+
+
+AttentionInterface.register(NAME, workbench_attention)
+
+
+@contextmanager
+def engine_attention(model: nn.Module) -> Iterator[None]:
+    """Lets the model attend through the engine inside the block, and puts back what it had.
+
+    An observing wrapper that is in place stays: it hands the engine's calls through.
+    """
+    configs = attention_configs(model)
+    previous = [config._attn_implementation for config in configs]
+    try:
+        for config, implementation in zip(configs, previous, strict=True):
+            if not implementation.startswith(OBSERVED):
+                config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, implementation in zip(configs, previous, strict=True):
+            config._attn_implementation_internal = implementation

@@ -1,0 +1,179 @@
+"""The engine's cache: one layer object per decoder layer, which stores K and V, attends over them and evicts.
+
+transformers calls `cache.update(k, v, layer_idx)` and hands whatever it returns to the attention function. So `update`
+returns the layer itself in place of the keys, and the one attention function (`attention.py`) asks it to attend.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+from workbench_kernels.attention_rows import attention_rows, blockwise_attention
+from workbench_kernels.column_mass import column_mass, column_mass_flops
+
+from workbench.engine.call import Call
+from workbench.engine.policy import MASS, QUERIES, CachePolicy, LayerState
+from workbench.engine.stores.rectangular import RectangularStore
+from workbench.probes.importance import attention_mass, by_position
+from workbench.trace.anatomy import Anatomy
+
+
+class EngineLayer(CacheLayerMixin):
+    """One layer's cache. `policy` is None for dense and for sliding-window layers, which are left alone."""
+
+    is_sliding = False
+
+    def __init__(self, index: int, anatomy: Anatomy, policy: CachePolicy | None, call: Call):
+        super().__init__()
+        self.index = index
+        self.attention = anatomy.layers[index].attention
+        self.num_layers = anatomy.num_layers
+        self.policy = policy
+        self.call = call
+        self.store = RectangularStore(with_mass=policy is not None and MASS in policy.needs)
+
+    # What transformers asks of a cache layer. Positions and masks are the session's business: it passes its own, so
+    # the sizes given here serve no one.
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do before the first tokens."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[EngineLayer, None]:
+        """Stores the new tokens `[B, H, Q, D]` and returns this layer in place of keys and values."""
+        self.store.append(key_states, value_states, self.call.positions, self.call.has_padding)
+        return self, None
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, which is more than are held once something was evicted."""
+        return max(self.call.seen, default=0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask that is never built."""
+        return self.get_seq_length(), 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """`[B, H, N, D]` held keys."""
+        return self.store.keys
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """The base class clears the attribute on construction; the store owns the keys."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **ignored,
+    ) -> tuple[torch.Tensor, None]:
+        """Attention of the new queries `[B, Hq, Q, D]` over what is held, then the policy's decision.
+
+        Returns the output as transformers expects it, `[B, Q, Hq, D]`.
+        """
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        options = {"softcap": softcap, "sinks": s_aux, "occupied": self.store.occupied, "window": self.attention.window}
+        asking = self.call.positions >= 0 if self.call.has_padding else None
+        num_slots = self.store.length
+        if self._is_whole_prompt(query, options):
+            kernel = "sdpa"
+            grouped = self.attention.group > 1
+            keys, values = self.store.keys, self.store.values
+            out = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
+            if self.store.mass is not None:
+                self._add_mass(query, scaling)
+        else:
+            kernel = "blockwise"
+            mass = self.store.mass
+            out = blockwise_attention(query, self.store.keys, self.store.values, scaling, mass=mass, asking=asking, **options)
+        self.call.record_attention(self.index, self.attention, query.shape, num_slots, kernel)
+        if self.call.importance != "off":
+            mass, window = attention_mass(self.call.importance, query, self.store.keys, scaling, asking=asking, **options)
+            spread = by_position(mass, self.store.positions, max(self.call.seen))
+            self.call.masses.append((self.index, spread, window))
+        if self.attention.window is not None:
+            self.store.keep_last(self.attention.window - 1)
+        self._record("append", query.shape[0] * query.shape[2])
+        if self.policy is not None:
+            self._decide(query, scaling)
+        return out.transpose(1, 2), None
+
+    def clone(self, call: Call) -> EngineLayer:
+        """An independent copy that takes part in another session's calls."""
+        other = copy.copy(self)
+        other.store, other.call = self.store.clone(), call
+        return other
+
+    def _is_whole_prompt(self, query: torch.Tensor, options: dict) -> bool:
+        """Whether torch's own causal kernel computes the call: a prompt with nothing before it, padded or capped."""
+        num_queries, window = query.shape[2], options["window"]
+        plain = options["occupied"] is None and options["softcap"] is None and options["sinks"] is None
+        return plain and 1 < num_queries == self.store.length and (window is None or num_queries <= window)
+
+    def _add_mass(self, query: torch.Tensor, scaling: float) -> None:
+        """A second pass over a prompt's scores, since torch's kernel does not say what each key received."""
+        batch, num_q_heads, num_queries, head_dim = query.shape
+        mass = column_mass(query, self.store.keys, scaling)
+        self.store.mass.add_(mass.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2))
+        flops = column_mass_flops(batch, num_q_heads, num_queries, self.store.length, head_dim)
+        self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * self.store.mass.nbytes)
+
+    def _decide(self, query: torch.Tensor, scaling: float) -> None:
+        capacity = self.call.capacity
+        if capacity is None or self.call.phase not in self.policy.acts:
+            return
+        if all(held <= limit for held, limit in zip(self.store.held_by_row(), capacity, strict=True)):
+            return
+        self._record("due", 0)
+        state = LayerState(
+            keys=self.store.keys,
+            values=self.store.values,
+            positions=self.store.positions,
+            capacity=torch.tensor(capacity, device=query.device),
+            scaling=scaling,
+            layer=self.index,
+            num_layers=self.num_layers,
+            phase=self.call.phase,
+            queries=query if QUERIES in self.policy.needs else None,
+            mass=self.store.mass,
+        )
+        flops, moved = self.policy.scoring_cost(state)
+        if flops or moved:
+            self._record("score", 0, flops, moved)
+        keep = self.policy.keep(state) & state.occupied
+        dropped = torch.where(keep, -1, state.positions)
+        num_dropped = int((dropped >= 0).sum())
+        if num_dropped:
+            moved = self.store.keep(keep)
+            self._record("evict", num_dropped, 0, moved)
+            self.call.record_evictions(self.index, dropped)
+
+    def _record(self, op: str, op_tokens: int, extra_flops: int = 0, extra_bytes: int = 0) -> None:
+        row = (op, op_tokens, self.store.held_tokens(), self.store.nbytes, self._nominal_bytes(), extra_flops, extra_bytes)
+        self.call.writer.add("cache", self.call.step, self.index, *row)
+
+    def _nominal_bytes(self) -> int:
+        """What the budget promises: K and V of as many tokens in each row and kv head as it allows."""
+        tokens = self.call.seen
+        if self.policy is not None and self.call.capacity is not None:
+            tokens = [min(seen, limit) for seen, limit in zip(tokens, self.call.capacity, strict=True)]
+        if self.attention.window is not None:
+            tokens = [min(seen, self.attention.window - 1) for seen in tokens]
+        a_token = self.attention.num_kv_heads * (self.attention.head_dim + self.attention.value_dim)
+        return sum(tokens) * a_token * self.store.keys.element_size()
+
+
+def engine_cache(anatomy: Anatomy, policy: CachePolicy | None, call: Call) -> Cache:
+    """A cache for a model, with the policy on every layer that has no sliding window."""
+    acting = [policy if layer.attention.window is None else None for layer in anatomy.layers]
+    return Cache(layers=[EngineLayer(index, anatomy, each, call) for index, each in enumerate(acting)])

@@ -1,0 +1,56 @@
+"""The forward call in progress: what the session tells the cache layers, and what they write about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from workbench.trace.anatomy import Attention
+from workbench.trace.store import TraceWriter
+
+
+@dataclass
+class Call:
+    """One forward call, shared by all layers of a cache. The session updates it before each call."""
+
+    writer: TraceWriter
+    step: int = 0
+    phase: str = "prefill"
+    positions: torch.Tensor | None = None
+    """`[B, Q]` position of every new token in its row; -1 for padding."""
+    has_padding: bool = False
+    seen: list[int] = field(default_factory=list)
+    """Tokens each row has seen, this call's included, padding not counted."""
+    capacity: list[int] | None = None
+    """Tokens each kv head may keep, by row; None: no bound."""
+    importance: str = "off"
+    masses: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
+    """Layer, attention mass by position `[B, Hq, seen]` and observed queries, until the session writes them."""
+
+    def record_attention(self, layer: int, attention: Attention, shape: torch.Size, num_slots: int, kernel: str) -> None:
+        """Writes a layer's attention. `shape` is that of the queries, `[B, Hq, Q, D]`; `num_slots` are held before it."""
+        batch, _, num_queries, _ = shape
+        window = attention.window
+        if self.has_padding:
+            pairs = sum(visible_pairs(min(num_queries, seen), seen, window) for seen in self.seen)
+        else:
+            pairs = batch * visible_pairs(num_queries, num_slots, window)
+        read = num_slots if window is None else min(num_slots, window - 1 + num_queries)
+        kept = num_slots if window is None else min(num_slots, window - 1)
+        kind = "causal" if window is None else "sliding"
+        self.writer.add("attention", self.step, layer, batch, num_queries, read, kept, pairs, kernel, kind)
+
+    def record_evictions(self, layer: int, dropped: torch.Tensor) -> None:
+        """Writes one row a dropped token. `dropped` `[B, H, N]` holds their positions, -1 elsewhere."""
+        for row, head, slot in dropped.ge(0).nonzero().tolist():
+            self.writer.add("evictions", self.step, row, layer, head, dropped[row, head, slot].item(), -1)
+
+
+def visible_pairs(num_queries: int, num_slots: int, window: int | None) -> int:
+    """Pairs the causal mask lets through when the queries are the last of `num_slots` tokens, each seeing `window`."""
+    first = num_slots - num_queries + 1
+    if window is None or num_slots <= window:
+        return num_queries * (first + num_slots) // 2
+    growing = max(0, window - first)
+    return growing * (first + first + growing - 1) // 2 + (num_queries - growing) * window

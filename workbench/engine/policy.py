@@ -1,0 +1,70 @@
+"""What a cache method sees and what the engine expects of it. Pure values: no model, no store, no hook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+QUERIES, MASS = "queries", "mass"
+"""What a method may need beyond keys, values and positions."""
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One layer's cache at the moment of a decision.
+
+    Shapes: B batch, Hq query heads, H kv heads, N slots, Q queries of this call, D head size. The tokens of this
+    call stand in the last Q slots, the others in no promised order; `positions` says which token a slot holds.
+    """
+
+    keys: torch.Tensor
+    """`[B, H, N, D]`, rotated."""
+    values: torch.Tensor
+    """`[B, H, N, D]`."""
+    positions: torch.Tensor
+    """`[B, H, N]` position of each token in its row, padding not counted; -1 where a slot is empty."""
+    capacity: torch.Tensor
+    """`[B]` tokens each kv head may keep."""
+    scaling: float
+    """Factor on the scores of this layer."""
+    layer: int
+    num_layers: int
+    phase: str
+    queries: torch.Tensor | None = None
+    """`[B, Hq, Q, D]` the queries of this call, rotated, if the method needs them; they belong to the last Q slots."""
+    mass: torch.Tensor | None = None
+    """`[B, H, N]` attention each token has received in its life, summed over the group's query heads, if needed."""
+
+    @property
+    def occupied(self) -> torch.Tensor:
+        """`[B, H, N]` whether a slot holds a token."""
+        return self.positions >= 0
+
+    @property
+    def newest(self) -> torch.Tensor:
+        """`[B, 1, 1]` position of the newest token of each row."""
+        return self.positions.amax((1, 2), keepdim=True)
+
+
+class CachePolicy(Protocol):
+    """A cache method as the engine uses it."""
+
+    name: str
+    needs: frozenset[str]
+    """Of `queries` and `mass`."""
+    acts: frozenset[str]
+    """The phases after whose attention the method decides."""
+
+    def capacity(self, prompt_tokens: int) -> int | None:
+        """Tokens each kv head may keep after a prompt of this length; None: no bound."""
+        ...
+
+    def keep(self, state: LayerState) -> torch.Tensor:
+        """`[B, H, N]` bool: the tokens that stay."""
+        ...
+
+    def scoring_cost(self, state: LayerState) -> tuple[int, int]:
+        """FLOPs and bytes one call of `keep` adds."""
+        ...

@@ -1,0 +1,293 @@
+"""One running generation under a setup: prefill, step, generate, append, branch.
+
+The session attaches to the model for the length of each call and leaves it as it found it, so sessions with different
+methods, and plain `generate()`, may take turns on one model.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from workbench.engine.attention import engine_attention
+from workbench.engine.cache import engine_cache
+from workbench.engine.call import Call
+from workbench.engine.setup import Method, Setup
+from workbench.errors import UserError
+from workbench.models.anatomy import accepts_logits_to_keep
+from workbench.probes.environment import environment
+from workbench.probes.importance import check_mode, importance_rows
+from workbench.probes.moe import RoutingProbe, routing_rows
+from workbench.trace.store import TraceWriter
+from workbench.trace.trace import Trace
+
+if TYPE_CHECKING:
+    from workbench.models.load import LM
+
+Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a call of `generate` added: token ids and text of each batch row, ended at the row's end of sequence."""
+
+    ids: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The text of the only row. Raises UserError for a batch."""
+        if len(self.texts) != 1:
+            raise UserError(f"This is a batch of {len(self.texts)} rows; read `texts`.")
+        return self.texts[0]
+
+
+class Session:
+    """A generation whose cache is ruled by a setup."""
+
+    def __init__(
+        self,
+        lm: LM,
+        setup: Setup | Method | Iterable[Method] | None = None,
+        *,
+        importance: str = "off",
+        out: str | Path | None = None,
+    ):
+        """Nothing runs before `prefill`.
+
+        Args:
+            lm: the model.
+            setup: a setup, a method or several; None is dense.
+            importance: `off`, `window` or `full`: whether the attention mass of every position is recorded.
+            out: directory to stream the trace to; a killed process leaves a readable trace there.
+        """
+        self.lm = lm
+        self.setup = Setup.of(setup)
+        meta = {
+            "anatomy": lm.anatomy.to_dict(),
+            "setup": self.setup.label,
+            "environment": environment(),
+            "clock": "perf_counter_ns",
+            "importance": check_mode(importance),
+        }
+        self._call = Call(TraceWriter(meta, Path(out) if out is not None else None), step=-1, importance=importance)
+        self._cache = engine_cache(lm.anatomy, self.setup.cache, self._call)
+        self._routing = RoutingProbe(lm.model)
+        self._tokens: list[list[int]] = []
+        self._logits: torch.Tensor | None = None
+        self._forward_options = {"logits_to_keep": 1} if accepts_logits_to_keep(lm.model) else {}
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The tokens of each row so far, padding left out."""
+        return [list(row) for row in self._tokens]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`[B, V]` scores of the next token. Raises UserError before the prefill."""
+        if self._logits is None:
+            raise UserError("This session has no prompt yet; call prefill(text) first.")
+        return self._logits
+
+    @property
+    def trace(self) -> Trace:
+        """What was recorded so far."""
+        writer = self._call.writer
+        return Trace({**writer.meta, "complete": True}, writer.tables())
+
+    @property
+    def physical_bytes(self) -> int:
+        """Bytes the cache really occupies."""
+        return sum(layer.store.nbytes for layer in self._cache.layers)
+
+    def prefill(self, prompt: Prompt) -> torch.Tensor:
+        """Reads a prompt, or a batch of them, and lets the method act at its end. Returns the next token's logits `[B, V]`.
+
+        Raises UserError if the session has a prompt already, the prompt is empty, or longer than the model's context.
+        """
+        if self._tokens:
+            raise UserError("This session has its prompt already; use append(text) for a further turn, or a new Session.")
+        rows = self._encode(prompt, special_tokens=True)
+        self._check_room(rows)
+        cache_method = self.setup.cache
+        limits = [cache_method.capacity(len(row)) for row in rows] if cache_method else []
+        self._call.capacity = None if not limits or limits[0] is None else limits
+        self._tokens = [[] for _ in rows]
+        return self._forward(rows, "prefill")
+
+    def append(self, text: Prompt) -> torch.Tensor:
+        """Adds a further turn to every row. Returns the next token's logits `[B, V]`."""
+        _ = self.logits
+        rows = self._encode(text, special_tokens=False)
+        if len(rows) != len(self._tokens):
+            raise UserError(f"The session has {len(self._tokens)} rows, and {len(rows)} were appended; give one for each.")
+        if len({len(row) for row in rows}) > 1:
+            raise UserError("The appended turns differ in length; append rows of a batch with as many tokens each.")
+        self._check_room(rows)
+        return self._forward(rows, "append" if len(rows[0]) > 1 else "decode")
+
+    def step(self, token_ids: Sequence[int] | None = None) -> torch.Tensor:
+        """Decodes one token a row: the likeliest, or those given. Returns the next token's logits `[B, V]`."""
+        if token_ids is None:
+            token_ids = self.logits.argmax(-1).tolist()
+        if self._logits is None or len(token_ids) != len(self._tokens):
+            raise UserError(f"A step takes one token for each of the {len(self._tokens)} rows; call prefill(text) first.")
+        rows = [[int(token)] for token in token_ids]
+        self._check_room(rows)
+        return self._forward(rows, "decode")
+
+    def generate(
+        self,
+        max_new_tokens: int,
+        on_token: Callable[[list[int]], None] | None = None,
+        *,
+        stop_at_end: bool = True,
+    ) -> Generated:
+        """Decodes greedily until every row has ended or `max_new_tokens` are there.
+
+        Args:
+            max_new_tokens: most tokens to add to each row.
+            on_token: called with the new token id of each row, as soon as it is known.
+            stop_at_end: whether a row ends at the model's end-of-sequence token.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"Cannot generate {max_new_tokens} tokens; ask for 1 or more.")
+        ends = self.lm.end_tokens if stop_at_end else ()
+        new: list[list[int]] = [[] for _ in self._tokens]
+        open_rows = [True] * len(self._tokens)
+        next_tokens = self.logits.argmax(-1).tolist()
+        for count in range(1, max_new_tokens + 1):
+            for row, token in enumerate(next_tokens):
+                if open_rows[row]:
+                    new[row].append(token)
+                    open_rows[row] = token not in ends
+            if on_token is not None:
+                on_token(list(next_tokens))
+            self.step(next_tokens)
+            if not any(open_rows):
+                break
+            next_tokens = self.logits.argmax(-1).tolist()
+        texts = [self.lm.tokenizer.decode(row, skip_special_tokens=True) for row in new]
+        return Generated(tuple(map(tuple, new)), tuple(texts))
+
+    def branch(self) -> Session:
+        """An independent copy that goes on from here. It shares nothing mutable; it costs a copy of the cache.
+
+        Its trace starts empty, and its meta says at which step it branched off.
+        """
+        other = copy.copy(self)
+        meta = {**self._call.writer.meta, "branched_at_step": self._call.step}
+        other._call = copy.copy(self._call)
+        other._call.writer = TraceWriter(meta)
+        other._call.seen = list(self._call.seen)
+        other._cache = type(self._cache)(layers=[layer.clone(other._call) for layer in self._cache.layers])
+        other._routing = RoutingProbe(self.lm.model)
+        other._tokens = self.tokens
+        return other
+
+    def close(self) -> None:
+        """Ends the trace on disk, if the session writes one."""
+        self._call.writer.close()
+
+    @torch.no_grad()
+    def _forward(self, rows: list[list[int]], phase: str) -> torch.Tensor:
+        """One forward call of the model over `rows`, padded on the left to one length."""
+        call = self._call
+        length = max(map(len, rows))
+        padding = [length - len(row) for row in rows]
+        past = [len(row) for row in self._tokens]
+        device = self.lm.device
+        pad = self.lm.pad_token
+        ids = torch.tensor([[pad] * missing + row for missing, row in zip(padding, rows, strict=True)], device=device)
+        start = torch.tensor([seen - missing for seen, missing in zip(past, padding, strict=True)], device=device)
+        positions = start[:, None] + torch.arange(length, device=device)
+        call.step += 1
+        call.phase = phase
+        call.has_padding = any(padding)
+        call.positions = positions.clamp(min=-1)
+        call.seen = [seen + len(row) for seen, row in zip(past, rows, strict=True)]
+        with self._attached():
+            started = time.perf_counter_ns()
+            out = self.lm.model(
+                input_ids=ids,
+                position_ids=positions.clamp(min=0),
+                past_key_values=self._cache,
+                use_cache=True,
+                **self._forward_options,
+            )
+            logits = out.logits[:, -1].float()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            duration = time.perf_counter_ns() - started
+        self._record(rows, out.logits.shape[1], started, duration)
+        for known, row in zip(self._tokens, rows, strict=True):
+            known += row
+        self._logits = logits
+        return logits
+
+    @contextmanager
+    def _attached(self):
+        with engine_attention(self.lm.model):
+            self._routing.attach()
+            try:
+                yield
+            finally:
+                self._routing.detach()
+
+    def _record(self, rows: list[list[int]], logits_length: int, started: int, duration: int) -> None:
+        call = self._call
+        add = call.writer.add
+        batch, length = call.positions.shape
+        context = max(call.seen)
+        label = self.setup.label
+        add("steps", call.step, call.phase, batch, batch * length, context, batch * logits_length, started, duration, None, label)
+        for row in routing_rows(call.step, self._routing.take()):
+            add("routing", *row)
+        for layer, mass, window in call.masses:
+            for row in importance_rows(call.step, layer, mass, window):
+                add("importance", *row)
+        call.masses.clear()
+        scores = self._logits.log_softmax(-1) if self._logits is not None else None
+        entropy = -(scores.exp() * scores).sum(-1) if scores is not None else None
+        for number, (ids, seen) in enumerate(zip(rows, call.seen, strict=True)):
+            for offset, token in enumerate(ids):
+                known = scores is not None and offset == 0
+                logprob = scores[number, token].item() if known else None
+                uncertainty = entropy[number].item() if known else None
+                position = seen - len(ids) + offset
+                text = self.lm.tokenizer.decode([token])
+                add("tokens", call.step, number, position, token, text, logprob, uncertainty, call.phase)
+        call.writer.flush()
+
+    def _encode(self, prompt: Prompt, special_tokens: bool) -> list[list[int]]:
+        """Token ids of each row. Raises UserError for an empty prompt."""
+        if isinstance(prompt, torch.Tensor):
+            prompt = prompt.tolist()
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        if prompt and isinstance(prompt[0], int):
+            prompt = [prompt]
+        rows = [
+            self.lm.tokenizer(row, add_special_tokens=special_tokens, verbose=False).input_ids if isinstance(row, str) else list(row)
+            for row in prompt
+        ]
+        texts = [row for row in prompt if isinstance(row, str) and not row]
+        if not rows or texts or not all(rows):
+            raise UserError("The prompt is empty; give at least one token of text.")
+        return rows
+
+    def _check_room(self, rows: list[list[int]]) -> None:
+        limit = self.lm.anatomy.max_positions
+        if limit is None:
+            return
+        seen = [len(row) for row in self._tokens] or [0] * len(rows)
+        longest = max(before + len(row) for before, row in zip(seen, rows, strict=True))
+        if longest > limit:
+            raise UserError(f"{longest} tokens do not fit: {self.lm.name} has a context of {limit}; shorten the prompt.")

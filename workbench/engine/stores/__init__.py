@@ -1,0 +1,1 @@
+"""How one layer's K and V lie in memory."""

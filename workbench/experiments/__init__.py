@@ -1,0 +1,1 @@
+"""Experiments: setups run on workloads, and what is measured of them."""

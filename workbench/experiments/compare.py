@@ -1,0 +1,207 @@
+"""`wb.compare(lm, workload, setups)`: every setup on the same episodes, quality beside cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import mean, median
+
+import pandas as pd
+import torch
+
+from workbench.cost.metrics import Fired, cache_bytes, fired, ttft_ns
+from workbench.engine.session import Session
+from workbench.engine.setup import Method, Setup
+from workbench.errors import MethodDidNotFire
+from workbench.experiments.fidelity import kl_to_dense, negative_log_likelihood, top1_agreement
+from workbench.methods.base import parse_method
+from workbench.models.load import LM
+from workbench.probes.energy import energy
+from workbench.probes.environment import environment
+from workbench.probes.memory import peak_memory
+from workbench.trace.comparison import Comparison, Row
+from workbench.trace.trace import Trace
+from workbench.workloads.base import Answer, Episode, Workload
+
+Given = Setup | Method | str | Iterable[Method]
+Progress = Callable[[str, int, int], None]
+"""Called as `(setup label, episodes done, episodes in all)`."""
+
+
+@dataclass
+class _Dense:
+    """The dense run of an episode, turn by turn: the forced tokens and the logits `[n, V]` along them."""
+
+    tokens: list[tuple[int, ...]] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass
+class _Sample:
+    """What one setup did on one episode."""
+
+    trace: Trace
+    scores: list[float]
+    nll: list[float]
+    kl: list[float]
+    top1: list[float]
+    fired: Fired
+    joules: float | None
+    joules_reason: str | None
+    peak_bytes: int | None
+    peak_reason: str | None
+
+
+def compare(lm: LM, workload: Workload, setups: Iterable[Given], *, on_progress: Progress | None = None) -> Comparison:
+    """Runs every setup on every episode of a workload.
+
+    Each episode's context is prefilled and compressed once; then each turn is appended and answered. On a branch of the
+    same compressed cache the setup is led along the dense run's answer (or the workload's reference), token by token,
+    to measure KL, top-1 agreement and NLL. Dense is always run, first. A warm-up is not counted.
+
+    Args:
+        lm: the model.
+        workload: what to run.
+        setups: setups, methods, or methods in text form such as `h2o:budget=0.2`.
+        on_progress: called after each episode.
+
+    Raises:
+        UserError: for setups that do not go together or a workload that does not fit the model.
+        MethodDidNotFire: if a method had something to do and did not do it.
+    """
+    chosen = _distinct([_setup(given) for given in setups])
+    episodes = workload.episodes(lm)
+    _warm_up(lm, episodes[0])
+    references = [_Dense() for _ in episodes]
+    rows, traces = [], {}
+    for setup in chosen:
+        samples = []
+        for episode, dense in zip(episodes, references, strict=True):
+            samples.append(_run(lm, workload, setup, episode, dense))
+            if on_progress is not None:
+                on_progress(setup.label, len(samples), len(episodes))
+        rows.append(_row(setup, samples))
+        traces[setup.label] = samples[0].trace
+    settings = {option.name: getattr(workload, option.name) for option in dataclasses.fields(workload)}
+    about = {"model": lm.name, "workload": workload.name, "settings": settings, "environment": environment()}
+    return Comparison(about, tuple(rows), traces)
+
+
+def _setup(given: Given) -> Setup:
+    return Setup(parse_method(given)) if isinstance(given, str) else Setup.of(given)
+
+
+def _distinct(setups: list[Setup]) -> list[Setup]:
+    """Dense first, then every other setup once."""
+    by_label = {setup.label: setup for setup in setups}
+    by_label.pop("dense", None)
+    return [Setup(), *by_label.values()]
+
+
+def _warm_up(lm: LM, episode: Episode) -> None:
+    session = Session(lm)
+    session.prefill(episode.context)
+    session.generate(2, stop_at_end=False)
+
+
+def _run(lm: LM, workload: Workload, setup: Setup, episode: Episode, dense: _Dense) -> _Sample:
+    """One episode: answered freely (which is what is measured), and led along the forced tokens on a branch."""
+    session = Session(lm, setup)
+    with energy(lm.device) as used, peak_memory(lm.device) as peak:
+        session.prefill(episode.context)
+        led = session.branch()
+        generated = []
+        for turn in episode.turns:
+            if turn.prompt:
+                session.append(turn.prompt)
+            generated += session.generate(len(turn.answer), stop_at_end=False).ids
+    is_dense = len(dense.tokens) < len(episode.turns)
+    if is_dense:
+        dense.tokens = [turn.answer for turn in episode.turns] if workload.forces_reference else generated
+    logits = [_lead(led, turn.prompt, tokens) for turn, tokens in zip(episode.turns, dense.tokens, strict=True)]
+    if is_dense:
+        dense.logits = logits
+    predicted = [tuple(each.argmax(-1).tolist()) for each in logits]
+    answers = map(Answer, episode.turns, generated, predicted)
+    seen, reference = torch.cat(logits), torch.cat(dense.logits)
+    forced = torch.tensor([token for tokens in dense.tokens for token in tokens], device=seen.device)
+    return _Sample(
+        trace=session.trace,
+        scores=[workload.score(lm, answer) for answer in answers],
+        nll=negative_log_likelihood(seen, forced).tolist(),
+        kl=kl_to_dense(reference, seen).tolist(),
+        top1=top1_agreement(reference, seen).tolist(),
+        fired=_check_fired(lm, setup, session.trace, len(episode.context)),
+        joules=used.joules,
+        joules_reason=used.reason,
+        peak_bytes=peak.peak_bytes,
+        peak_reason=peak.reason,
+    )
+
+
+def _lead(session: Session, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> torch.Tensor:
+    """Logits `[n, V]` before each of the forced tokens."""
+    if prompt:
+        session.append(prompt)
+    logits = []
+    for token in tokens:
+        logits.append(session.logits[0])
+        session.step([token])
+    return torch.stack(logits)
+
+
+def _check_fired(lm: LM, setup: Setup, trace: Trace, prompt_tokens: int) -> Fired:
+    """What the cache method did. Raises MethodDidNotFire if it left undone what it had to do."""
+    may_evict = [layer.index for layer in lm.anatomy.layers if layer.attention.window is None]
+    done = fired(trace, may_evict)
+    capacity = setup.cache.capacity(prompt_tokens) if setup.cache else None
+    if capacity is None or capacity >= prompt_tokens:
+        return done
+    if not may_evict:
+        raise MethodDidNotFire(
+            f"{setup.label} has no layer to act on: all {lm.anatomy.num_layers} layers of {lm.name} are sliding-window layers, "
+            "which are left alone."
+        )
+    if done.due_steps == 0 or done.steps < done.due_steps or done.layers < done.due_layers:
+        raise MethodDidNotFire(
+            f"{setup.label} did not do its work on {lm.name}: it evicted on {done.layers} of {done.due_layers} layers and at "
+            f"{done.steps} of {done.due_steps} steps where the cache held more than its budget of {capacity} tokens."
+        )
+    return done
+
+
+def _row(setup: Setup, samples: list[_Sample]) -> Row:
+    decode = [sample.trace.table("steps").query("phase == 'decode'")["duration_ns"] for sample in samples]
+    flops = [sample.trace.flops(by="phase").set_index("phase")["flops"] for sample in samples]
+    moved = [sample.trace.bytes(by="phase").set_index("phase")["bytes"] for sample in samples]
+    held = [cache_bytes(sample.trace).iloc[-1] for sample in samples]
+    joules = [sample.joules for sample in samples]
+    peaks = [sample.peak_bytes for sample in samples]
+    return Row(
+        setup=setup.label,
+        score=_mean(samples, "scores"),
+        nll=_mean(samples, "nll"),
+        kl_to_dense=_mean(samples, "kl"),
+        top1_agreement=_mean(samples, "top1"),
+        ttft_s=median(ttft_ns(sample.trace) for sample in samples) / 1e9,
+        tpot_s=float(pd.concat(decode).median()) / 1e9,
+        prefill_flops=round(mean(each["prefill"] for each in flops)),
+        decode_flops=round(mean(each.sum() - each["prefill"] for each in flops)),
+        decode_bytes=round(mean(each.sum() - each["prefill"] for each in moved)),
+        kv_physical_bytes=round(mean(each["physical_bytes"] for each in held)),
+        kv_nominal_bytes=round(mean(each["nominal_bytes"] for each in held)),
+        peak_memory_bytes=None if None in peaks else max(peaks),
+        peak_memory_reason=samples[0].peak_reason,
+        fired_layers=min(sample.fired.layers for sample in samples),
+        layers=samples[0].fired.due_layers,
+        fired_steps=sum(sample.fired.steps for sample in samples),
+        steps=sum(sample.fired.due_steps for sample in samples),
+        joules=None if None in joules else mean(joules),
+        joules_reason=next((sample.joules_reason for sample in samples if sample.joules_reason), None),
+    )
+
+
+def _mean(samples: list[_Sample], values: str) -> float:
+    """Mean over every value of every sample."""
+    return mean(value for sample in samples for value in getattr(sample, values))

@@ -1,0 +1,1 @@
+"""Cache methods: which tokens' K and V stay."""

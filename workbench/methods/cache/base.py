@@ -1,0 +1,73 @@
+"""What cache methods share: the policy's defaults, and small pure functions over scores.
+
+Shapes: B batch, Hq query heads, H kv heads, G = Hq / H, N slots, W observed queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from workbench_kernels.attention_rows import attention_rows
+
+from workbench.engine.policy import LayerState
+from workbench.methods.base import Budget, Method, resolve_budget
+
+PREFILL_ONLY = frozenset({"prefill"})
+EVERY_STEP = frozenset({"prefill", "append", "decode"})
+
+
+@dataclass(frozen=True)
+class CacheMethod(Method):
+    """A cache method: `keep` says which tokens stay; the engine really frees the rest."""
+
+    slot: ClassVar[str] = "cache"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    acts: ClassVar[frozenset[str]] = PREFILL_ONLY
+
+    budget: Budget
+
+    def capacity(self, prompt_tokens: int) -> int | None:
+        """Tokens each kv head may keep after a prompt of this length."""
+        return resolve_budget(self.budget, prompt_tokens)
+
+    def keep(self, state: LayerState) -> torch.Tensor:
+        """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head."""
+        raise TypeError(f"{type(self).__name__} must say what it keeps: define keep(state).")
+
+    def scoring_cost(self, state: LayerState) -> tuple[int, int]:
+        """FLOPs (of matrix products) and bytes one decision adds."""
+        return 0, 0
+
+
+def keep_top(scores: torch.Tensor, count: torch.Tensor, occupied: torch.Tensor) -> torch.Tensor:
+    """The `count[b]` occupied slots of highest score in each row and head, `[B, H, N]` bool; ties go to the earlier slot."""
+    order = scores.masked_fill(~occupied, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
+    return (rank < count.view(-1, 1, 1)) & occupied
+
+
+def recent(state: LayerState, count: torch.Tensor) -> torch.Tensor:
+    """The last `count[b]` tokens of each row, `[B, H, N]` bool."""
+    return (state.positions > state.newest - count.view(-1, 1, 1)) & state.occupied
+
+
+def observe_window(state: LayerState, window: int) -> torch.Tensor:
+    """Attention of the last `window` queries over all held tokens, `[B, Hq, W, N]`: softmax over every visible key."""
+    queries = state.queries[:, :, -window:]
+    occupied = state.occupied if bool((state.positions < 0).any()) else None
+    rows = attention_rows(queries, state.keys, state.scaling, occupied=occupied)
+    return rows.flatten(1, 2)
+
+
+def reduce_heads(scores: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """Mean over the query heads of each kv head: `[B, Hq, ...]` to `[B, H, ...]` (query head h belongs to h // G)."""
+    return scores.unflatten(1, (num_kv_heads, -1)).mean(2)
+
+
+def pool_scores(scores: torch.Tensor, kind: str, size: int) -> torch.Tensor:
+    """Pools along the last axis with stride 1, so that a high score lifts its neighbours. Average counts zero padding."""
+    pool = F.max_pool1d if kind == "max" else F.avg_pool1d
+    return pool(scores.flatten(0, -2), size, stride=1, padding=size // 2).view_as(scores)

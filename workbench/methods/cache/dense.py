@@ -1,0 +1,23 @@
+"""Dense: keep every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from workbench.methods.base import Method, register
+
+
+@register
+@dataclass(frozen=True)
+class Dense(Method):
+    """Keeps the K and V of every token: what every other method is compared with."""
+
+    name: ClassVar[str] = "dense"
+    slot: ClassVar[str] = "cache"
+    paper: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    acts: ClassVar[frozenset[str]] = frozenset()
+
+    def capacity(self, prompt_tokens: int) -> None:
+        """No bound."""

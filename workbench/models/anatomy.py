@@ -1,0 +1,163 @@
+"""Reads a model's anatomy from its modules and config, never from its name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from workbench.errors import UserError
+from workbench.trace.anatomy import Anatomy, Attention, Experts, Layer, Linear
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """Reads the anatomy of a `transformers` causal LM. Raises UserError for what is not one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    blocks = decoder_layers(model)
+    if head is None or not blocks:
+        raise UserError(
+            f"{type(model).__name__} is not a causal language model with decoder layers and an output head; "
+            "pass a model made by AutoModelForCausalLM."
+        )
+    config = model.config.get_text_config()
+    weight = next(model.parameters())
+    inside = {id(module) for block in blocks for module in block.modules()}
+    layers = tuple(_read_layer(index, block, config) for index, block in enumerate(blocks))
+    return Anatomy(
+        class_name=type(model).__name__,
+        model_type=config.model_type,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        element_bytes=weight.element_size(),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_positions=getattr(config, "max_position_embeddings", None),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=layers,
+        final_norms=tuple(m.weight.numel() for m in model.modules() if _is_norm(m) and id(m) not in inside),
+        lm_head=_linear("lm_head", head),
+    )
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers: the items of the longest module list whose items hold a self-attention."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    stacks = [stack for stack in lists if all(_find_attention(block) is not None for block in stack)]
+    return list(max(stacks, key=len)) if stacks else []
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The self-attention module of every decoder layer, in order. Raises UserError if a layer has none."""
+    found = [_find_attention(block) for block in decoder_layers(model)]
+    return [module for module in found if module is not None]
+
+
+def expert_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The module holding the stacked expert weights, by layer index."""
+    found = {}
+    for index, block in enumerate(decoder_layers(model)):
+        experts = _find_experts(block)
+        if experts is not None:
+            found[index] = experts
+    return found
+
+
+def accepts_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the model can leave out the logits of all but the last positions."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _find_attention(block: nn.Module) -> nn.Module | None:
+    for module in block.modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and any(
+            hasattr(module, name) for name in ("q_proj", "qkv_proj", "c_attn", "query_key_value")
+        ):
+            return module
+    return None
+
+
+def _find_experts(block: nn.Module) -> nn.Module | None:
+    for module in block.modules():
+        weight = getattr(module, "down_proj", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 3:
+            return module
+    return None
+
+
+def _read_layer(index: int, block: nn.Module, config: Any) -> Layer:
+    attention_module = _find_attention(block)
+    experts_module = _find_experts(block)
+    inside_attention = {id(module) for module in attention_module.modules()}
+    linears = []
+    for name, module in block.named_modules():
+        if _is_linear(module):
+            component = _attention_component(name) if id(module) in inside_attention else "mlp"
+            linears.append(_linear(component, module))
+        elif _is_router(module):
+            linears.append(Linear("router", module.weight.shape[1], module.weight.shape[0], False))
+    return Layer(
+        index=index,
+        attention=_read_attention(attention_module, config, index),
+        linears=tuple(linears),
+        norms=tuple(module.weight.numel() for module in block.modules() if _is_norm(module)),
+        experts=None if experts_module is None else _read_experts(experts_module, block, config),
+    )
+
+
+def _read_attention(module: nn.Module, config: Any, index: int) -> Attention:
+    num_q_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_q_heads
+    head_dim = getattr(module, "head_dim", None) or config.hidden_size // num_q_heads
+    return Attention(num_q_heads, num_kv_heads, head_dim, head_dim, _window(module, config, index))
+
+
+def _window(module: nn.Module, config: Any, index: int) -> int | None:
+    """The sliding window of a layer. Only layers the config calls sliding have one, where it tells them apart."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return getattr(config, "sliding_window", None) if kinds[index] == "sliding_attention" else None
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    return getattr(config, "sliding_window", None)
+
+
+def _read_experts(module: nn.Module, block: nn.Module, config: Any) -> Experts:
+    hidden = config.hidden_size
+    num_experts, rows, columns = module.down_proj.shape
+    inner = columns if rows == hidden else rows
+    names = ("num_experts_per_tok", "top_k", "moe_topk", "moe_k")
+    top_k = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    if top_k is None:
+        raise UserError(f"Cannot find how many experts {type(block).__name__} uses per token (looked for {', '.join(names)}).")
+    up = getattr(module, "gate_up_proj", None)
+    up_features = 2 * inner if up is not None else inner
+    return Experts(num_experts, top_k, (Linear("experts", hidden, up_features), Linear("experts", inner, hidden)))
+
+
+def _attention_component(name: str) -> str:
+    last = name.rsplit(".", 1)[-1]
+    return "attention.out" if last in {"o_proj", "out_proj", "dense", "c_proj", "wo"} else "attention.qkv"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _is_router(module: nn.Module) -> bool:
+    """A gate that holds its own [experts, hidden] weight instead of being a Linear."""
+    weight = getattr(module, "weight", None)
+    name = type(module).__name__.lower()
+    return isinstance(weight, torch.Tensor) and weight.ndim == 2 and ("router" in name or "gate" in name)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and isinstance(weight, torch.Tensor) and weight.ndim == 1
+
+
+def _linear(component: str, module: nn.Module) -> Linear:
+    rows, columns = module.weight.shape
+    if type(module).__name__ == "Conv1D":
+        rows, columns = columns, rows
+    return Linear(component, columns, rows, getattr(module, "bias", None) is not None)

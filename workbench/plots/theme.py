@@ -1,0 +1,52 @@
+"""One look for all figures: colour-blind-safe colours (Okabe and Ito 2008), the same colour for the same method."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+DENSE_COLOUR = "#555555"
+KEPT_SCALE = [[0.0, "#F4F4F4"], [1.0, "#0072B2"]]
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon")
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def style(figure: go.Figure, title: str, x: str, y: str, height: int = 380) -> go.Figure:
+    """Applies the common look and names the axes."""
+    figure.update_layout(
+        template="plotly_white",
+        title={"text": title, "font": {"size": 16}, "x": 0.01},
+        font={"family": "Inter, Helvetica, Arial, sans-serif", "size": 13},
+        xaxis_title=x,
+        yaxis_title=y,
+        height=height,
+        margin={"l": 70, "r": 20, "t": 50, "b": 55},
+        legend={"orientation": "h", "y": -0.22},
+    )
+    return figure
+
+
+def method_of(label: str) -> str:
+    """The method's name in a setup label: `h2o` of `h2o(budget=0.2)`."""
+    return label.partition("(")[0]
+
+
+def method_colours(labels: list[str]) -> dict[str, str]:
+    """A colour for each setup label; setups of one method share theirs, and dense is grey in every figure."""
+    from workbench.methods import METHODS
+
+    known = [name for name in METHODS if name != "dense"]
+    names = [method_of(label) for label in labels]
+    order = known + [name for name in dict.fromkeys(names) if name not in known and name != "dense"]
+    colours = {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(order)}
+    return {label: colours.get(name, DENSE_COLOUR) for label, name in zip(labels, names, strict=True)}
+
+
+def human_bytes(count: float) -> str:
+    """A byte count for people: `1.5 MiB`."""
+    for unit in _UNITS:
+        if abs(count) < 1024 or unit == _UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -1,0 +1,141 @@
+"""The report: one HTML file that opens offline, with the table, the trade-offs and what each method kept."""
+
+from __future__ import annotations
+
+import html
+import os
+from pathlib import Path
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from workbench import plots
+from workbench.errors import UserError
+from workbench.plots.cache_map import kept_share
+from workbench.plots.theme import human_bytes
+from workbench.trace.comparison import Comparison, Row
+from workbench.trace.trace import Trace
+
+_STYLE = """
+body{font:15px/1.5 Inter,Helvetica,Arial,sans-serif;color:#1b1b1b;max-width:1080px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.2rem;margin-top:2.2rem} .sub{color:#666;margin-top:0}
+table{border-collapse:collapse;font-size:13px} .wide{overflow-x:auto}
+td,th{padding:.35rem .6rem;text-align:right;border-bottom:1px solid #e4e4e4;white-space:nowrap}
+th{font-weight:600} td:first-child,th:first-child{text-align:left} tr.group th{color:#666;text-align:center;border:0}
+.tokens{font:12.5px/1.75 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;word-break:break-word;
+border:1px solid #e4e4e4;border-radius:6px;padding:.7rem;max-height:22rem;overflow-y:auto}
+.tokens span{border-radius:2px} .note{color:#666;font-size:13px}
+"""
+
+_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("measured", "score", "score"),
+    ("measured", "KL to dense", "kl_to_dense"),
+    ("measured", "top-1 agreement", "top1_agreement"),
+    ("measured", "NLL", "nll"),
+    ("measured", "TTFT", "ttft_s"),
+    ("measured", "TPOT", "tpot_s"),
+    ("measured", "KV allocated", "kv_physical_bytes"),
+    ("measured", "peak memory", "peak_memory_bytes"),
+    ("measured", "energy", "joules"),
+    ("modelled", "KV by budget", "kv_nominal_bytes"),
+    ("modelled", "prefill FLOPs", "prefill_flops"),
+    ("modelled", "decode FLOPs", "decode_flops"),
+    ("modelled", "decode bytes", "decode_bytes"),
+    ("proof", "fired on", "fired"),
+)
+
+
+def write_report(comparison: Comparison, path: Path) -> Path:
+    """Writes the report. Raises UserError if the file cannot be written; nothing half-written stays."""
+    page = report_html(comparison)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"Cannot write the report to {path} ({error.strerror}); choose another path.") from None
+    return path
+
+
+def report_html(comparison: Comparison) -> str:
+    """The whole page."""
+    about = comparison.about
+    settings = ", ".join(f"{name} {value}" for name, value in about["settings"].items())
+    title = f"{about['workload']} on {about['model']}"
+    kept = "".join(_kept(label, trace) for label, trace in comparison.traces.items() if trace.arrow("evictions").num_rows)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Workbench: {html.escape(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>
+<h1>{html.escape(title)}</h1>
+<p class="sub">{html.escape(settings)} &middot; {html.escape(_ran_on(about["environment"]))}</p>
+<h2>Quality beside cost</h2>
+{table_html(comparison)}
+<p class="note">FLOPs and bytes are of one sample, over the prefill or everything after it. FLOPs count matrix products,
+a multiply-add as 2, causal attention as T x T; bytes follow the fused model. Seconds are medians. &ldquo;KV allocated&rdquo;
+is memory really held for the cache, spare room and the method's own state included.</p>
+<h2>Trade-offs</h2>
+{_figure(comparison.pareto())}
+{_figure(comparison.pareto(y="kl_to_dense"))}
+<h2>KV cache over a run</h2>
+<p class="note">The first sample. A forward call is the prefill, an appended question, or one decoded token.</p>
+{_figure(plots.kv_bytes(comparison.traces))}
+<h2>What each method kept</h2>
+<p class="note">The first sample, at its end. Darker: held by more layers and kv heads. Hover for the token's share.</p>
+{kept or "<p>No method evicted anything.</p>"}
+</body></html>
+"""
+
+
+def table_html(comparison: Comparison) -> str:
+    """The comparison's rows as an HTML table; measured and modelled columns stand apart."""
+    groups = list(dict.fromkeys(group for group, _, _ in _COLUMNS))
+    spans = {group: sum(each == group for each, _, _ in _COLUMNS) for group in groups}
+    head = "".join(f'<th colspan="{spans[group]}">{group}</th>' for group in groups)
+    names = "".join(f"<th>{name}</th>" for _, name, _ in _COLUMNS)
+    body = "".join(
+        f"<tr><td>{html.escape(row.setup)}</td>" + "".join(f"<td>{cell(row, column)}</td>" for _, _, column in _COLUMNS) + "</tr>"
+        for row in comparison.rows
+    )
+    return (
+        f'<div class="wide"><table><thead><tr class="group"><th></th>{head}</tr><tr><th>setup</th>{names}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def cell(row: Row, column: str) -> str:
+    """A value for people, with its unit; a missing one says why on hover."""
+    value = getattr(row, column)
+    if value is None:
+        reason = getattr(row, {"peak_memory_bytes": "peak_memory_reason"}.get(column, f"{column}_reason"))
+        return f'<span title="{html.escape(reason or "")}">n/a</span>'
+    if column.endswith("_s"):
+        return f"{1000 * value:.2f} ms"
+    if column.endswith("_bytes"):
+        return human_bytes(value)
+    if column.endswith("_flops"):
+        return f"{value:.3g}"
+    if column == "joules":
+        return f"{value:.2f} J"
+    return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
+
+
+def _kept(label: str, trace: Trace) -> str:
+    share = kept_share(trace).mean(0)
+    tokens = trace.table("tokens")
+    tokens = tokens[tokens["row"] == 0].drop_duplicates("position").sort_values("position")
+    spans = "".join(
+        f'<span style="background:rgba(0,114,178,{0.55 * share[position]:.2f})" '
+        f'title="position {position}: held by {share[position]:.0%}">{html.escape(text or "")}</span>'
+        for position, text in zip(tokens["position"], tokens["text"], strict=True)
+    )
+    return f"<h3>{html.escape(label)}</h3>{_figure(plots.cache_map(trace))}<div class='tokens'>{spans}</div>"
+
+
+def _figure(figure: go.Figure) -> str:
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+
+
+def _ran_on(environment: dict) -> str:
+    devices = ", ".join(environment["cuda_devices"]) or f"{environment['processor']}, {environment['threads']} threads"
+    return f"{devices}; torch {environment['torch']}, transformers {environment['transformers']}"

@@ -1,0 +1,129 @@
+"""A comparison: setups on one workload, quality beside cost, one row each. A value: save, load, draw."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from workbench.errors import UserError
+from workbench.trace.trace import Trace
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_FILE = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setup on a workload. Times, memory and energy are measured; FLOPs and bytes moved are modelled.
+
+    FLOPs and bytes are of one sample (mean); seconds are medians; cache bytes are those at the end of a sample (mean).
+    """
+
+    setup: str
+    score: float
+    nll: float
+    """Mean negative log-likelihood of the forced tokens, nats a token."""
+    kl_to_dense: float
+    """Mean KL(dense || setup) of the next token, nats."""
+    top1_agreement: float
+    """Share of forced positions where the likeliest token is the dense run's."""
+    ttft_s: float
+    tpot_s: float
+    prefill_flops: int
+    decode_flops: int
+    """Of everything after the prefill: appended questions and decoded tokens."""
+    decode_bytes: int
+    """Fused model, over the same steps as `decode_flops`."""
+    kv_physical_bytes: int
+    kv_nominal_bytes: int
+    peak_memory_bytes: int | None
+    peak_memory_reason: str | None
+    fired_layers: int
+    layers: int
+    fired_steps: int
+    steps: int
+    joules: float | None
+    joules_reason: str | None
+
+    @property
+    def fired(self) -> str:
+        """The proof that the method ran, in words."""
+        if self.steps == 0:
+            return "nothing to do"
+        return f"{self.fired_layers}/{self.layers} layers, {self.fired_steps}/{self.steps} steps"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of a comparison, what was compared, and a trace of each setup's first sample."""
+
+    about: dict[str, Any]
+    """Model, workload and its settings, environment."""
+    rows: tuple[Row, ...]
+    traces: dict[str, Trace] = field(repr=False)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a setup."""
+        return pd.DataFrame([{**asdict(row), "fired": row.fired} for row in self.rows])
+
+    def pareto(self, x: str = "kv_physical_bytes", y: str = "score") -> go.Figure:
+        """Quality against cost, one point a setup."""
+        from workbench.plots.pareto import pareto
+
+        return pareto(self, x, y)
+
+    def report(self, path: str | Path) -> Path:
+        """Writes one self-contained HTML file and returns its path."""
+        from workbench.report import write_report
+
+        return write_report(self, Path(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: `about` and `rows`, without the traces."""
+        return {"about": self.about, "rows": [asdict(row) for row in self.rows]}
+
+    def save(self, path: str | Path) -> Path:
+        """Writes `comparison.json` and the traces into a directory and returns it."""
+        directory = Path(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        names = {label: f"{number:02d}-{_file_name(label)}.trace" for number, label in enumerate(self.traces)}
+        for label, trace in self.traces.items():
+            trace.save(directory / "traces" / names[label])
+        (directory / _FILE).write_text(json.dumps({**self.to_dict(), "traces": names}, indent=1))
+        return directory
+
+    @classmethod
+    def load(cls, path: str | Path) -> Comparison:
+        """Opens a directory `save` wrote. Raises UserError if it is none or damaged."""
+        directory = Path(path)
+        try:
+            data = json.loads((directory / _FILE).read_text())
+            known = {column.name for column in fields(Row)}
+            rows = tuple(Row(**{name: row[name] for name in known}) for row in data["rows"])
+            names = data["traces"]
+        except FileNotFoundError:
+            raise UserError(f"{directory} holds no comparison; give the folder that `workbench compare --out` made.") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{directory / _FILE} is damaged; run the comparison again.") from None
+        traces = {label: Trace.load(directory / "traces" / name) for label, name in names.items()}
+        return cls(data["about"], rows, traces)
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.about['workload']} on {self.about['model']}, {len(self.rows)} setups)"
+
+    def _repr_html_(self) -> str:
+        from workbench.report import table_html
+
+        return f"<p><b>{html.escape(repr(self))}</b></p>{table_html(self)}"
+
+
+def _file_name(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in label).strip("-")

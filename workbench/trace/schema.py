@@ -1,0 +1,106 @@
+"""The tables of a trace. Integers are nanoseconds, bytes or counts; the unit is in the name.
+
+A row is a fact about one forward call (`step`), one layer of it, or one token. `run` and `rank` are added by
+`Trace.merge` where several traces are put together.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+
+_INT, _FLOAT, _TEXT = pa.int64(), pa.float64(), pa.string()
+_FLOATS = pa.list_(pa.float16())
+
+TABLES: dict[str, pa.Schema] = {
+    # One forward call. `tokens` = batch x new tokens a row; `logits` = positions the output head computed.
+    "steps": pa.schema(
+        [
+            ("step", _INT),
+            ("phase", _TEXT),
+            ("batch", _INT),
+            ("tokens", _INT),
+            ("context", _INT),
+            ("logits", _INT),
+            ("start_ns", _INT),
+            ("duration_ns", _INT),
+            ("device_ns", _INT),
+            ("setup", _TEXT),
+        ]
+    ),
+    # One layer's attention. `pairs` = visible query-key pairs of one query head over the batch; batch x q_len x kv_read
+    # is what a kernel that ignores the mask computes.
+    "attention": pa.schema(
+        [
+            ("step", _INT),
+            ("layer", _INT),
+            ("batch", _INT),
+            ("q_len", _INT),
+            ("kv_read", _INT),
+            ("kv_held", _INT),
+            ("pairs", _INT),
+            ("kernel", _TEXT),
+            ("mask", _TEXT),
+        ]
+    ),
+    # One operation on one layer's cache. `held_tokens` = slots that hold a token, summed over batch rows and kv heads.
+    "cache": pa.schema(
+        [
+            ("step", _INT),
+            ("layer", _INT),
+            ("op", _TEXT),
+            ("op_tokens", _INT),
+            ("held_tokens", _INT),
+            ("physical_bytes", _INT),
+            ("nominal_bytes", _INT),
+            ("extra_flops", _INT),
+            ("extra_bytes", _INT),
+        ]
+    ),
+    # One token dropped (into = -1) or merged into another. head = -1: every kv head of the layer.
+    "evictions": pa.schema(
+        [("step", _INT), ("row", _INT), ("layer", _INT), ("head", _INT), ("position", _INT), ("into", _INT)]
+    ),
+    "routing": pa.schema(
+        [("step", _INT), ("layer", _INT), ("expert", _INT), ("tokens", _INT), ("weight_sum", _FLOAT)]
+    ),
+    # Attention mass by key position of one query head; `window` = queries whose attention was summed.
+    "importance": pa.schema(
+        [("step", _INT), ("row", _INT), ("layer", _INT), ("head", _INT), ("window", _INT), ("mass", _FLOATS)]
+    ),
+    "tokens": pa.schema(
+        [
+            ("step", _INT),
+            ("row", _INT),
+            ("position", _INT),
+            ("id", _INT),
+            ("text", _TEXT),
+            ("logprob", _FLOAT),
+            ("entropy", _FLOAT),
+            ("phase", _TEXT),
+        ]
+    ),
+    "device": pa.schema(
+        [
+            ("t_ns", _INT),
+            ("device", _TEXT),
+            ("allocated_bytes", _INT),
+            ("reserved_bytes", _INT),
+            ("power_mw", _INT),
+            ("energy_mj", _INT),
+            ("util_percent", _INT),
+            ("clock_mhz", _INT),
+            ("reason", _TEXT),
+        ]
+    ),
+}
+
+PHASES = ("prefill", "append", "decode")
+
+
+def phase_of(q_len: int, past: int) -> str:
+    """Which phase a forward call of `q_len` new tokens after `past` cached ones belongs to."""
+    if past == 0:
+        return "prefill"
+    return "decode" if q_len == 1 else "append"

@@ -1,0 +1,142 @@
+"""How a trace lies on disk: `meta.json` and one folder of Parquet parts per table, appended while running.
+
+Every part is written under a temporary name and renamed, and `meta.json` says `complete: false` until the end: a
+killed process leaves a trace that opens and says what it lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from workbench.errors import UserError
+from workbench.trace.schema import FORMAT_VERSION, TABLES
+
+ROWS_A_PART = 50_000
+
+
+class TraceWriter:
+    """Collects rows; appending a tuple to a list is all that happens while a model runs.
+
+    With a directory, `flush` moves full lists to Parquet parts; without one, everything stays in memory.
+    """
+
+    def __init__(self, meta: dict[str, Any], directory: Path | None = None):
+        self.meta = {"format_version": FORMAT_VERSION, "complete": False, **meta}
+        self.rows: dict[str, list[tuple]] = {name: [] for name in TABLES}
+        self.directory = directory
+        self.num_rows = 0
+        self._parts = 0
+        self._written: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
+        if directory is not None:
+            prepare_directory(directory)
+            write_meta(directory, self.meta)
+
+    def add(self, table: str, *row: Any) -> None:
+        """Appends one row, its values in the order of the table's schema."""
+        self.rows[table].append(row)
+
+    def flush(self, everything: bool = False) -> None:
+        """Writes the tables that have grown large, or all of them."""
+        for name, rows in self.rows.items():
+            if not rows or (len(rows) < ROWS_A_PART and not everything):
+                continue
+            table = to_arrow(name, rows)
+            self.num_rows += len(rows)
+            if self.directory is None:
+                self._written[name].append(table)
+            else:
+                write_part(self.directory, name, self._parts, table)
+                self._parts += 1
+            rows.clear()
+
+    def close(self, **meta: Any) -> None:
+        """Writes what is left and marks the trace complete."""
+        self.flush(everything=True)
+        self.meta |= {**meta, "complete": True}
+        if self.directory is not None:
+            write_meta(self.directory, self.meta)
+
+    def tables(self) -> dict[str, pa.Table]:
+        """All rows so far, as Arrow tables."""
+        self.flush(everything=self.directory is not None)
+        if self.directory is not None:
+            return {name: read_table(self.directory, name) for name in TABLES}
+        return {
+            name: pa.concat_tables([*self._written[name], to_arrow(name, rows)]) for name, rows in self.rows.items()
+        }
+
+
+def to_arrow(name: str, rows: list[tuple]) -> pa.Table:
+    """Rows of a table as an Arrow table with its schema."""
+    schema = TABLES[name]
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(schema)
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
+
+
+def prepare_directory(directory: Path) -> None:
+    """Makes an empty directory for a trace. Raises UserError if it cannot be written or holds something else."""
+    try:
+        if directory.is_dir() and any(directory.iterdir()):
+            if not (directory / "meta.json").exists():
+                raise UserError(f"{directory} is not empty and holds no trace; choose another folder.")
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"Cannot write to {directory} ({error.strerror}); choose another folder.") from None
+
+
+def write_meta(directory: Path, meta: dict[str, Any]) -> None:
+    """Writes `meta.json`, replacing it whole."""
+    target = directory / "meta.json"
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(json.dumps(meta, indent=1))
+    os.replace(temporary, target)
+
+
+def write_part(directory: Path, name: str, number: int, table: pa.Table) -> None:
+    """Writes one Parquet part of a table."""
+    folder = directory / name
+    folder.mkdir(exist_ok=True)
+    target = folder / f"part-{number:06d}.parquet"
+    temporary = target.with_suffix(".tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, target)
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """Reads and checks `meta.json`. Raises UserError for what is no trace of this format version."""
+    path = directory / "meta.json"
+    if not path.is_file():
+        raise UserError(f"{directory} is not a trace: it has no meta.json. Give the folder that `workbench profile --out` made.")
+    try:
+        meta = json.loads(path.read_text())
+        version = meta["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged, so {directory} cannot be opened; record the trace again.") from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{directory} has trace format {version}, and this version reads format {FORMAT_VERSION}; "
+            "record it again or open it with the version that wrote it."
+        )
+    return meta
+
+
+def read_table(directory: Path, name: str) -> pa.Table:
+    """Reads all parts of a table. Raises UserError, naming the file, if one was cut short."""
+    parts = []
+    for path in sorted((directory / name).glob("*.parquet")):
+        try:
+            parts.append(pq.read_table(path, schema=TABLES[name]))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OSError):
+            raise UserError(f"{path} is damaged or cut short; record the trace again, or delete that part to read the rest.") from None
+    return pa.concat_tables(parts) if parts else TABLES[name].empty_table()

@@ -1,0 +1,141 @@
+"""A trace: what was recorded of a run, as a value. Everything else is derived from it."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from workbench.errors import UserError
+from workbench.trace import store
+from workbench.trace.anatomy import Anatomy
+from workbench.trace.schema import PHASES, TABLES
+
+class Trace:
+    """Tables of facts and what they are about. Immutable: `select` and `merge` return new traces."""
+
+    def __init__(self, meta: dict[str, Any], tables: dict[str, pa.Table]):
+        self.meta = meta
+        self._tables = tables
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Opens a trace directory. Raises UserError if it is none, damaged, or of another format version."""
+        directory = Path(path)
+        meta = store.read_meta(directory)
+        return cls(meta, {name: store.read_table(directory, name) for name in TABLES})
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the trace as a directory of Parquet files and returns its path."""
+        directory = Path(path)
+        store.prepare_directory(directory)
+        for number, (name, table) in enumerate(self._tables.items()):
+            if table.num_rows:
+                store.write_part(directory, name, number, table)
+        store.write_meta(directory, self.meta)
+        return directory
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run that wrote this trace came to its end."""
+        return bool(self.meta.get("complete"))
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The model's anatomy."""
+        return Anatomy.from_dict(self.meta["anatomy"])
+
+    def arrow(self, name: str) -> pa.Table:
+        """A table as Arrow. Raises UserError for a name that is not a table."""
+        if name not in self._tables:
+            raise UserError(f"A trace has no table {name!r}; its tables are {', '.join(TABLES)}.")
+        return self._tables[name]
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table as a DataFrame."""
+        return self.arrow(name).to_pandas()
+
+    def sql(self, query: str) -> pd.DataFrame:
+        """Runs a DuckDB query over the tables. Raises UserError with DuckDB's message if it cannot."""
+        import duckdb
+
+        with duckdb.connect(config={"enable_external_access": False}) as connection:
+            for name, table in self._tables.items():
+                connection.register(name, table)
+            try:
+                return connection.execute(query).df()
+            except duckdb.Error as error:
+                raise UserError(f"The query failed: {str(error).splitlines()[0]}") from None
+
+    def select(self, *, phase: str | None = None, layers: Sequence[int] | None = None, steps: range | None = None) -> Trace:
+        """The part of the trace in a phase, in some layers, or in a range of steps."""
+        frame = self.table("steps")
+        keep = pd.Series(True, index=frame.index)
+        if phase is not None:
+            if phase not in PHASES:
+                raise UserError(f"There is no phase {phase!r}; the phases are {', '.join(PHASES)}.")
+            keep &= frame["phase"] == phase
+        if steps is not None:
+            keep &= frame["step"].isin(steps)
+        wanted_steps = frame.loc[keep, "step"]
+        tables = {}
+        for name, table in self._tables.items():
+            rows = table.to_pandas()
+            chosen = pd.Series(True, index=rows.index)
+            if "step" in rows:
+                chosen &= rows["step"].isin(wanted_steps)
+            if layers is not None and "layer" in rows:
+                chosen &= rows["layer"].isin(layers)
+            tables[name] = table.filter(pa.array(chosen.to_numpy(bool)))
+        return Trace(self.meta, tables)
+
+    @staticmethod
+    def merge(traces: dict[str, Trace]) -> Trace:
+        """Several traces as one: every table gets a `run` column with the name each came under."""
+        if not traces:
+            raise UserError("There is nothing to merge: give at least one trace by name.")
+        tables = {
+            name: pa.concat_tables(
+                [
+                    trace.arrow(name).append_column("run", pa.array([run] * trace.arrow(name).num_rows, pa.string()))
+                    for run, trace in traces.items()
+                ]
+            )
+            for name in TABLES
+        }
+        first = next(iter(traces.values()))
+        meta = {**first.meta, "runs": {run: trace.meta for run, trace in traces.items()}}
+        return Trace({**meta, "complete": all(trace.complete for trace in traces.values())}, tables)
+
+    def flops(self, by: str | Sequence[str] | None = None, convention: str = "full") -> int | pd.DataFrame:
+        """FLOPs of matrix products, in all or by phase, component, step or layer. See `workbench.cost.flops`."""
+        from workbench.cost.flops import trace_flops
+
+        return trace_flops(self, by, convention)
+
+    def bytes(self, by: str | Sequence[str] | None = None, model: str = "fused") -> int | pd.DataFrame:
+        """Bytes moved, by the eager or the fused model. See `workbench.cost.bytes`."""
+        from workbench.cost.bytes import trace_bytes
+
+        return trace_bytes(self, by, model)
+
+    def summary(self) -> pd.DataFrame:
+        """One row a phase: tokens, seconds (measured), FLOPs and bytes (modelled), cache bytes at its end."""
+        from workbench.cost.metrics import phase_summary
+
+        return phase_summary(self)
+
+    def __repr__(self) -> str:
+        steps = self.arrow("steps").num_rows
+        state = "" if self.complete else ", incomplete"
+        return f"Trace({self.meta['anatomy']['class_name']}, {steps} steps{state})"
+
+    def _repr_html_(self) -> str:
+        title = html.escape(repr(self))
+        setup = html.escape(json.dumps(self.meta.get("setup", "dense")))
+        return f"<p><b>{title}</b> &nbsp; setup {setup}</p>" + self.summary().to_html(index=False)
