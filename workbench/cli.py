@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -177,7 +178,9 @@ def models(as_json: Json = False) -> None:
     for name in ("model", "class", "parameters", "layers", "context", "ready"):
         table.add_column(name)
     for entry in entries:
-        shape = [str(entry[key] if entry[key] is not None else "?") for key in ("class_name", "parameters", "layers", "context")]
+        shape = [
+            str(entry[key] if entry[key] is not None else "?") for key in ("class_name", "parameters", "layers", "context")
+        ]
         table.add_row(entry["name"], *shape, "yes" if entry["ready"] else escape(entry["how"]))
     _out.print(table)
 
@@ -230,26 +233,24 @@ def _workload(cls: type, settings: dict[str, Any]):
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    from workbench.report import cell
+    from workbench.plots.theme import human_bytes
 
     about = comparison.about
     settings = ", ".join(f"{name} {value}" for name, value in about["settings"].items())
-    table = Table(title=f"{about['workload']} on {about['model']} ({settings})", title_justify="left")
-    columns = {
-        "score": "score",
-        "KL to dense": "kl_to_dense",
-        "KV held": "kv_physical_bytes",
-        "TTFT": "ttft_s",
-        "TPOT": "tpot_s",
-        "decode FLOPs": "decode_flops",
-        "fired on": "fired",
-    }
-    table.add_column("setup")
-    for name in columns:
-        table.add_column(name, justify="right")
+    _out.print(f"[bold]{about['workload']} on {about['model']}[/bold] ({settings})", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table.add_column("setup", no_wrap=True)
+    for name in ("score", "KL", "KV held", "TTFT", "TPOT", "fired"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.rows:
-        table.add_row(row.setup, *(_strip_tags(cell(row, column)) for column in columns.values()))
+        fired = f"{row.fired_layers}/{row.layers} {row.fired_steps}/{row.steps}" if row.steps else "-"
+        times = [f"{1000 * seconds:.1f}" for seconds in (row.ttft_s, row.tpot_s)]
+        size = human_bytes(row.kv_physical_bytes)
+        table.add_row(row.setup, f"{row.score:.3f}", f"{row.kl_to_dense:.3f}", size, *times, fired)
     _out.print(table)
+    _out.print(
+        "KL to dense in nats a token; times in ms; fired: layers and steps where the method acted, of those due.", style="dim"
+    )
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str | None:
@@ -296,26 +297,24 @@ def _check_writable(directory: Path) -> None:
 def _progress(quiet: bool) -> Iterator[Any]:
     """A progress bar on standard error; yields `advance(label, done, total)`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_err, transient=True, disable=quiet) as progress:
-        tasks: dict[str, Any] = {}
+    progress = Progress(*columns, console=_err, transient=True, disable=quiet)
+    tasks: dict[str, Any] = {}
 
-        def advance(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = progress.add_task(label, total=total)
-            progress.update(tasks[label], completed=done)
+    def advance(label: str, done: int, total: int) -> None:
+        progress.start()
+        if label not in tasks:
+            tasks[label] = progress.add_task(label, total=total)
+        progress.update(tasks[label], completed=done)
 
+    try:
         yield advance
+    finally:
+        if tasks:
+            progress.stop()
 
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
-
-
-def _strip_tags(text: str) -> str:
-    import html
-    import re
-
-    return html.unescape(re.sub(r"<[^>]+>", "", text))
 
 
 if __name__ == "__main__":

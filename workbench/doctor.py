@@ -29,7 +29,8 @@ def _checked(name: str, check: Callable[[], str]) -> dict[str, Any]:
 
 def _processor() -> str:
     facts = environment()
-    return f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, Python {facts['python']}, torch {facts['torch']}"
+    shape = f"{facts['cores']} cores, {facts['threads']} threads"
+    return f"{facts['processor']}, {shape}, Python {facts['python']}, torch {facts['torch']}"
 
 
 def _cuda() -> str:

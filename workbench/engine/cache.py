@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
-from workbench_kernels.attention_rows import attention_rows, blockwise_attention
-from workbench_kernels.column_mass import column_mass, column_mass_flops
 
 from workbench.engine.call import Call
 from workbench.engine.policy import MASS, QUERIES, CachePolicy, LayerState
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position
 from workbench.trace.anatomy import Anatomy
+from workbench_kernels.attention_rows import blockwise_attention
+from workbench_kernels.column_mass import column_mass, column_mass_flops
 
 
 class EngineLayer(CacheLayerMixin):
@@ -35,6 +35,7 @@ class EngineLayer(CacheLayerMixin):
         self.policy = policy
         self.call = call
         self.store = RectangularStore(with_mass=policy is not None and MASS in policy.needs)
+        self._seen = 0
 
     # What transformers asks of a cache layer. Positions and masks are the session's business: it passes its own, so
     # the sizes given here serve no one.
@@ -45,19 +46,32 @@ class EngineLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[EngineLayer, None]:
         """Stores the new tokens `[B, H, Q, D]` and returns this layer in place of keys and values."""
         self.store.append(key_states, value_states, self.call.positions, self.call.has_padding)
+        self._seen += key_states.shape[2]
         return self, None
 
     def get_seq_length(self) -> int:
         """Tokens seen, which is more than are held once something was evicted."""
-        return max(self.call.seen, default=0)
+        return self._seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of a mask that is never built."""
-        return self.get_seq_length(), 0
+        return self._seen + query_length, 0
 
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
+
+    # What an observing profile reads.
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens held, over rows and kv heads."""
+        return self.store.held_tokens()
+
+    @property
+    def physical_bytes(self) -> int:
+        """Bytes allocated for this layer."""
+        return self.store.nbytes
 
     @property
     def keys(self) -> torch.Tensor | None:

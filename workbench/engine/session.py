@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -163,7 +163,7 @@ class Session:
         new: list[list[int]] = [[] for _ in self._tokens]
         open_rows = [True] * len(self._tokens)
         next_tokens = self.logits.argmax(-1).tolist()
-        for count in range(1, max_new_tokens + 1):
+        for _count in range(1, max_new_tokens + 1):
             for row, token in enumerate(next_tokens):
                 if open_rows[row]:
                     new[row].append(token)
@@ -247,7 +247,19 @@ class Session:
         batch, length = call.positions.shape
         context = max(call.seen)
         label = self.setup.label
-        add("steps", call.step, call.phase, batch, batch * length, context, batch * logits_length, started, duration, None, label)
+        add(
+            "steps",
+            call.step,
+            call.phase,
+            batch,
+            batch * length,
+            context,
+            batch * logits_length,
+            started,
+            duration,
+            None,
+            label,
+        )
         for row in routing_rows(call.step, self._routing.take()):
             add("routing", *row)
         for layer, mass, window in call.masses:
@@ -268,18 +280,15 @@ class Session:
 
     def _encode(self, prompt: Prompt, special_tokens: bool) -> list[list[int]]:
         """Token ids of each row. Raises UserError for an empty prompt."""
-        if isinstance(prompt, torch.Tensor):
-            prompt = prompt.tolist()
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        if prompt and isinstance(prompt[0], int):
-            prompt = [prompt]
+        given: Any = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            given = [given]
+        encode = self.lm.tokenizer
         rows = [
-            self.lm.tokenizer(row, add_special_tokens=special_tokens, verbose=False).input_ids if isinstance(row, str) else list(row)
-            for row in prompt
+            encode(row, add_special_tokens=special_tokens, verbose=False).input_ids if isinstance(row, str) else list(row)
+            for row in given
         ]
-        texts = [row for row in prompt if isinstance(row, str) and not row]
-        if not rows or texts or not all(rows):
+        if not rows or "" in given or not all(rows):
             raise UserError("The prompt is empty; give at least one token of text.")
         return rows
 

@@ -16,7 +16,6 @@ class Method(Protocol):
     label: str
 
 
-
 class Setup:
     """The methods of one run."""
 

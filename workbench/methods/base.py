@@ -53,7 +53,9 @@ def register(cls: type[Method]) -> type[Method]:
     return METHODS.register(cls.name)(cls)
 
 
-def knob(default: Any, *, low: float | None = None, high: float | None = None, choices: tuple = (), unit: str = "", help: str = "") -> Any:
+def knob(
+    default: Any, *, low: float | None = None, high: float | None = None, choices: tuple = (), unit: str = "", help: str = ""
+) -> Any:
     """A dataclass field with what a form needs to know: range or choices, unit, and one sentence of help."""
     return dataclasses.field(
         default=default, metadata={"low": low, "high": high, "choices": choices, "unit": unit, "help": help}

@@ -9,12 +9,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 from platformdirs import user_cache_path
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from workbench.errors import UserError
 
@@ -50,23 +49,19 @@ def _check_extra() -> None:
 
 
 def _convert(target: Path) -> None:
-    """Dequantises the GGUF weights and saves them as safetensors.
+    """Dequantises the GGUF weights and saves them as safetensors; transformers shows its progress bars.
 
     A model loaded from GGUF refuses to be saved, so its weights are copied into a fresh model of the same config.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = importlib.import_module(PACKAGE)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"Converting {NAME} (once): dequantising", total=None)
-        source = Path(package.assemble())
-        loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        progress.update(task, description=f"Converting {NAME} (once): writing safetensors")
-        fresh = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
-        fresh.load_state_dict(loaded.state_dict())
-        fresh.generation_config = loaded.generation_config
-        fresh.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+    print(f"Converting {NAME} to safetensors; this happens once and takes about a minute.", file=sys.stderr)
+    source = Path(importlib.import_module(PACKAGE).assemble())
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    fresh = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config = loaded.generation_config
+    fresh.save_pretrained(target)
+    tokenizer.save_pretrained(target)

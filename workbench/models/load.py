@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -60,7 +63,8 @@ class LM:
 
     def __repr__(self) -> str:
         anatomy = self.anatomy
-        return f"LM({self.name}: {anatomy.class_name}, {anatomy.num_parameters / 1e6:.1f}M parameters, {anatomy.dtype}, {self.device})"
+        size = f"{anatomy.num_parameters / 1e6:.1f}M parameters"
+        return f"LM({self.name}: {anatomy.class_name}, {size}, {anatomy.dtype}, {self.device})"
 
 
 def builtin_names() -> list[str]:
@@ -92,14 +96,18 @@ def load(
         return LM(type(model).__name__, model.eval(), tokenizer)
     name = str(source)
     place = _place(name)
+    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        raise UserError(
+            f"The directory {name} holds no config.json, so it is no saved model; give one that save_pretrained wrote."
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        with _quiet():
+        with _no_loading_bar():
             options["local_files_only"] = _is_here(place)
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(_why_not(name, error)) from None
     try:
         model = model.to(device).eval()
@@ -148,13 +156,13 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".") + "."
 
 
-class _quiet:
-    """Silences transformers' loading bars; a built-in model loads before one could be read."""
-
-    def __enter__(self) -> None:
-        self._was_on = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        if self._was_on:
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Silences transformers' bar for loading weights, which is over before it could be read."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
             transformers_logging.enable_progress_bar()

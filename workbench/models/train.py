@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +22,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from workbench.texts import prose, recall
+from workbench.models.card import write_card
+from workbench.models.rows import Row, Rows, training_documents
+from workbench.texts import recall
 
 VOCAB_SIZE = 1536
 MAX_POSITIONS = 8192
@@ -99,97 +100,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def training_documents() -> list[str]:
-    """The prose the models may learn from: all but the held-out tenth."""
-    return [document for document in (*prose.topics(), *prose.docstrings()) if not prose.is_held_out(document)]
-
-
-@dataclass
-class Row:
-    """Token ids, and for each the task whose loss counts its prediction ('' for none)."""
-
-    ids: list[int]
-    tasks: list[str] = field(repr=False)
-
-
-class Rows:
-    """Makes training rows. `held_out=True` takes the prose no model has seen."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, held_out: bool = False):
-        self.tokenizer = tokenizer
-        self.rng = random.Random(seed)
-        documents = prose.held_out_topics() if held_out else training_documents()
-        documents = list(documents)
-        self.rng.shuffle(documents)
-        self.words = " ".join(documents).split(" ")
-        self.stream = self._encode(" ".join(documents))
-        self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-        distinct = sorted(set(self.words))
-        encoded = tokenizer([f" {word}" for word in distinct], add_special_tokens=False).input_ids
-        self.word_tokens = {word: len(ids) for word, ids in zip(distinct, encoded, strict=True)}
-
-    def row(self, task: str, length: int, num_facts: int | None = None) -> Row:
-        """One row of a task, exactly `length` tokens."""
-        make = {"copy": self._copy, "recall": self._recall, "text": self._text}[task]
-        return make(length, num_facts) if task == "recall" else make(length)
-
-    def _text(self, length: int) -> Row:
-        start = self.rng.randrange(len(self.stream) - length)
-        return Row([self.bos, *self.stream[start : start + length - 1]], ["text"] * length)
-
-    def _copy(self, length: int) -> Row:
-        """Random segments among prose, each repeated once; the repeat counts from its second token on."""
-        segments = []
-        for _ in range(max(1, length // 48)):
-            size = self.rng.randint(4, 8)
-            segments.append([self.rng.randrange(2, VOCAB_SIZE) for _ in range(size)])
-        planted = [(s, tag) for s in range(len(segments)) for tag in (0, 1)]
-        self.rng.shuffle(planted)
-        free = length - 1 - sum(2 * len(segment) for segment in segments)
-        cuts = sorted(self.rng.randint(0, free) for _ in planted)
-        start = self.rng.randrange(len(self.stream) - length)
-        filler = self.stream[start : start + free]
-        ids, tasks, seen, done = [self.bos], [""], set(), 0
-        for (number, _), cut in zip(planted, cuts, strict=True):
-            ids += filler[done:cut]
-            tasks += [""] * (cut - done)
-            done = cut
-            ids += segments[number]
-            repeated = number in seen
-            tasks += ["", *["copy" if repeated else ""] * (len(segments[number]) - 1)]
-            seen.add(number)
-        ids += filler[done:]
-        tasks += [""] * (free - done)
-        return Row(ids, tasks)
-
-    def _recall(self, length: int, num_facts: int | None = None) -> Row:
-        """Facts woven into prose, then all of them asked for in another order; the answers count."""
-        facts = recall.draw_facts(self.rng, num_facts or self.rng.randint(1, max(1, min(8, length // 32))))
-        asked = self.rng.sample(facts, len(facts))
-        turns = [(self._encode(fact.question), self._encode(fact.answer + ".")) for fact in asked]
-        tail = sum(len(question) + len(answer) for question, answer in turns)
-        fact_tokens = sum(len(self._encode(fact.statement)) for fact in facts)
-        budget = length - 1 - tail - fact_tokens - 3 * len(facts)
-        start = self.rng.randrange(len(self.words) - length)
-        words = []
-        for word in self.words[start : start + length]:
-            budget -= self.word_tokens[word]
-            if budget < 0:
-                break
-            words.append(word)
-        ids = [self.bos, *self._encode(recall.weave(self.rng, words, facts))]
-        tasks = [""] * len(ids)
-        for question, answer in turns:
-            ids += question + answer
-            tasks += [""] * len(question) + ["recall"] * len(answer)
-        ids, tasks = ids[:length], tasks[:length]
-        room = length - len(ids)
-        return Row(ids + [self.pad] * room, tasks + [""] * room)
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-
 def losses(model, rows: list[Row]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Per task: the mean loss and the accuracy of the predictions that count. `aux` is the router's balance loss."""
     ids = torch.tensor([row.ids for row in rows])
@@ -231,9 +141,7 @@ def batch(rows: Rows, stage: Stage) -> list[Row]:
     """Rows of one length, their tasks drawn from the stage's mix, each task present at least once."""
     length = rows.rng.choice(stage.lengths)
     size = max(len(stage.mix), TOKENS_A_STEP // length)
-    tasks = list(stage.mix) + rows.rng.choices(
-        list(stage.mix), list(stage.mix.values()), k=size - len(stage.mix)
-    )
+    tasks = list(stage.mix) + rows.rng.choices(list(stage.mix), list(stage.mix.values()), k=size - len(stage.mix))
     return [rows.row(task, length) for task in tasks]
 
 
@@ -289,36 +197,8 @@ def save(model, tokenizer, out: Path, log: list[dict], name: str, seed: int) -> 
     (out / "training_log.json").write_text(json.dumps({**recipe, "log": log}))
 
 
-@torch.no_grad()
-def evaluate(model, tokenizer, seed: int = 1_000_003, samples: int = 64) -> dict:
-    """Recall by context length (4 facts, all answer words right) and held-out loss beside a unigram model's."""
-    model.eval()
-    rows = Rows(tokenizer, seed, held_out=True)
-    recall_by_length = {}
-    for length in (128, 256, 512, 1024, 2048):
-        right = total = 0
-        for _ in range(samples):
-            row = rows.row("recall", length, 4)
-            predicted = model(torch.tensor([row.ids])).logits[0, :-1].argmax(-1).tolist()
-            answers = [i for i, task in enumerate(row.tasks) if task == "recall"]
-            size = recall.VALUE_WORDS + 1
-            for start in range(0, len(answers), size):
-                value = answers[start : start + recall.VALUE_WORDS]
-                right += all(predicted[i - 1] == row.ids[i] for i in value)
-                total += 1
-        recall_by_length[length] = round(right / total, 4)
-    training = torch.tensor(Rows(tokenizer, seed).stream)
-    frequency = torch.bincount(training, minlength=VOCAB_SIZE).float() + 1
-    held_out = torch.tensor(rows.stream)
-    unigram = -(frequency / frequency.sum()).log()[held_out].mean().item()
-    windows = held_out[: len(held_out) // 511 * 511].view(-1, 511)
-    windows = torch.cat([torch.full((len(windows), 1), rows.bos), windows], 1)
-    logits = torch.cat([model(chunk).logits[:, :-1] for chunk in windows.split(8)])
-    loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
-    return {"recall_by_length": recall_by_length, "held_out_nats": round(loss, 3), "unigram_nats": round(unigram, 3)}
-
-
 def main() -> None:
+    """Trains the model named on the command line and prints its log and evaluation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=["tiny-dense", "tiny-moe"])
     parser.add_argument("--out", type=Path, required=True)
@@ -330,8 +210,7 @@ def main() -> None:
     tokenizer = build_tokenizer()
     for line in train(options.name, options.out, tokenizer, options.seed, options.final_steps):
         print(json.dumps(line), flush=True)
-    model = type(build_model(options.name)).from_pretrained(options.out)
-    print(json.dumps(evaluate(model, tokenizer)), flush=True)
+    print(write_card(options.out))
 
 
 if __name__ == "__main__":

@@ -52,5 +52,11 @@ def cache_map(trace: Trace, row: int = 0) -> go.Figure:
             hovertemplate="position %{x}, layer %{y}<br>%{customdata}<br>held by %{z:.0%} of kv heads<extra></extra>",
         )
     )
-    style(figure, f"Tokens held at the end: {trace.meta.get('setup', '')}", "position in the text", "layer", height=120 + 34 * min(num_layers, 20))
+    style(
+        figure,
+        f"Tokens held at the end: {trace.meta.get('setup', '')}",
+        "position in the text",
+        "layer",
+        height=120 + 34 * min(num_layers, 20),
+    )
     return figure.update_yaxes(autorange="reversed", dtick=1 if num_layers <= 20 else None)

@@ -45,5 +45,11 @@ def importance_map(trace: Trace, step: int | None = None, row: int = 0) -> go.Fi
             hovertemplate="position %{x}, layer %{y}<br>mass %{customdata:.4f}<extra></extra>",
         )
     )
-    style(figure, f"Attention mass by position, step {step}", "position in the text", "layer", height=120 + 34 * min(len(layers), 20))
+    style(
+        figure,
+        f"Attention mass by position, step {step}",
+        "position in the text",
+        "layer",
+        height=120 + 34 * min(len(layers), 20),
+    )
     return figure.update_yaxes(autorange="reversed")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 
 from workbench.cost.metrics import cache_bytes
-from workbench.plots.theme import method_colours, style
+from workbench.plots.theme import method_colours, method_of, style
 from workbench.trace.trace import Trace
 
 
@@ -17,6 +17,7 @@ def kv_bytes(traces: Trace | Mapping[str, Trace]) -> go.Figure:
         traces = {str(traces.meta.get("setup", "run")): traces}
     colours = method_colours(list(traces))
     figure = go.Figure()
+    shown: set[str] = set()
     for label, trace in traces.items():
         held = cache_bytes(trace)
         for column, dash, width in (("physical_bytes", "solid", 2.5), ("nominal_bytes", "dot", 1.5)):
@@ -26,11 +27,12 @@ def kv_bytes(traces: Trace | Mapping[str, Trace]) -> go.Figure:
                 y=held[column],
                 mode="lines+markers",
                 marker={"size": 4},
-                name=label,
-                legendgroup=label,
-                showlegend=kind == "physical",
+                name=method_of(label),
+                legendgroup=method_of(label),
+                showlegend=kind == "physical" and method_of(label) not in shown,
                 line={"color": colours[label], "dash": dash, "width": width},
                 hovertemplate=f"{label}, {kind}<br>step %{{x}}<br>%{{y:,}} bytes<extra></extra>",
             )
+        shown.add(method_of(label))
     style(figure, "KV cache: allocated (solid) and by budget (dotted)", "forward call", "bytes")
     return figure.update_yaxes(rangemode="tozero")

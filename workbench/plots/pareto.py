@@ -38,7 +38,8 @@ def pareto(comparison: Comparison, x: str = "kv_physical_bytes", y: str = "score
         x=front[x], y=front[y], mode="lines", name="best trade-offs", line={"width": 5, "color": "rgba(0,0,0,0.12)"}
     )
     about = comparison.about
-    return style(figure, f"{y} against {x}: {about['workload']} on {about['model']}", _axis(x), _axis(y), height=430)
+    title = f"{_plain(y)} against {_plain(x)}: {about['workload']} on {about['model']}"
+    return style(figure, title, _axis(x), _axis(y), height=430)
 
 
 def frontier(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -63,3 +64,8 @@ def _axis(column: str) -> str:
         "ttft_s": "time to first token (s, measured)",
     }
     return names.get(column, column)
+
+
+def _plain(column: str) -> str:
+    """A column's name without its unit."""
+    return _axis(column).partition(" (")[0]

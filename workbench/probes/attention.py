@@ -69,8 +69,8 @@ class AttentionProbe:
 
         def observed(module, query, key, value, attention_mask, **kwargs):
             if hasattr(key, "attend"):
-                result = key.attend(module, query, **kwargs)
-                key = key.keys
+                view, key = key, key.keys
+                result = view.attend(module, query, **kwargs)
             else:
                 call = registered or sys.modules[type(module).__module__].eager_attention_forward
                 result = call(module, query, key, value, attention_mask, **kwargs)

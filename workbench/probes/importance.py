@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from workbench_kernels.column_mass import column_mass
 
 from workbench.errors import UserError
+from workbench_kernels.column_mass import column_mass
 
 MODES = ("off", "window", "full")
 WINDOW = 32

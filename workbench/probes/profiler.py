@@ -174,7 +174,19 @@ class Profile:
         tokens = step.batch * step.q_len
         phase = phase_of(step.q_len, step.past)
         context = step.past + step.q_len
-        add("steps", step.number, phase, step.batch, tokens, context, step.logits, step.start_ns, step.duration_ns, None, "dense")
+        add(
+            "steps",
+            step.number,
+            phase,
+            step.batch,
+            tokens,
+            context,
+            step.logits,
+            step.start_ns,
+            step.duration_ns,
+            None,
+            "dense",
+        )
         for layer, batch, q_len, kv_read, pairs, kernel, kind in step.attention:
             held = kv_read if step.cache else 0
             add("attention", step.number, layer, batch, q_len, kv_read, held, int(pairs), kernel, kind)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from workbench.errors import UserError
+
 WORDS = tuple(
     """
     amber anchor apple arrow autumn badger basket beacon bishop bottle branch bridge bronze bucket butter cactus camel
@@ -49,9 +51,9 @@ class Fact:
 
 
 def draw_facts(rng: random.Random, num_facts: int) -> list[Fact]:
-    """Draws facts that share no word. Raises ValueError for more facts than the word list allows."""
+    """Draws facts that share no word. Raises UserError for more facts than the word list allows."""
     if not 1 <= num_facts <= MAX_FACTS:
-        raise ValueError(f"A recall document holds 1 to {MAX_FACTS} facts, not {num_facts}.")
+        raise UserError(f"A recall document holds 1 to {MAX_FACTS} facts, not {num_facts}.")
     size = 1 + VALUE_WORDS
     drawn = rng.sample(WORDS, num_facts * size)
     groups = [drawn[i : i + size] for i in range(0, len(drawn), size)]

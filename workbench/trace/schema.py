@@ -11,7 +11,7 @@ import pyarrow as pa
 FORMAT_VERSION = 1
 
 _INT, _FLOAT, _TEXT = pa.int64(), pa.float64(), pa.string()
-_FLOATS = pa.list_(pa.float16())
+HALF_FLOATS = pa.list_(pa.float16())
 
 TABLES: dict[str, pa.Schema] = {
     # One forward call. `tokens` = batch x new tokens a row; `logits` = positions the output head computed.
@@ -62,12 +62,10 @@ TABLES: dict[str, pa.Schema] = {
     "evictions": pa.schema(
         [("step", _INT), ("row", _INT), ("layer", _INT), ("head", _INT), ("position", _INT), ("into", _INT)]
     ),
-    "routing": pa.schema(
-        [("step", _INT), ("layer", _INT), ("expert", _INT), ("tokens", _INT), ("weight_sum", _FLOAT)]
-    ),
+    "routing": pa.schema([("step", _INT), ("layer", _INT), ("expert", _INT), ("tokens", _INT), ("weight_sum", _FLOAT)]),
     # Attention mass by key position of one query head; `window` = queries whose attention was summed.
     "importance": pa.schema(
-        [("step", _INT), ("row", _INT), ("layer", _INT), ("head", _INT), ("window", _INT), ("mass", _FLOATS)]
+        [("step", _INT), ("row", _INT), ("layer", _INT), ("head", _INT), ("window", _INT), ("mass", HALF_FLOATS)]
     ),
     "tokens": pa.schema(
         [

@@ -68,9 +68,7 @@ class TraceWriter:
         self.flush(everything=self.directory is not None)
         if self.directory is not None:
             return {name: read_table(self.directory, name) for name in TABLES}
-        return {
-            name: pa.concat_tables([*self._written[name], to_arrow(name, rows)]) for name, rows in self.rows.items()
-        }
+        return {name: pa.concat_tables([*self._written[name], to_arrow(name, rows)]) for name, rows in self.rows.items()}
 
 
 def to_arrow(name: str, rows: list[tuple]) -> pa.Table:
@@ -117,7 +115,9 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """Reads and checks `meta.json`. Raises UserError for what is no trace of this format version."""
     path = directory / "meta.json"
     if not path.is_file():
-        raise UserError(f"{directory} is not a trace: it has no meta.json. Give the folder that `workbench profile --out` made.")
+        raise UserError(
+            f"{directory} is not a trace: it has no meta.json. Give the folder that `workbench profile --out` made."
+        )
     try:
         meta = json.loads(path.read_text())
         version = meta["format_version"]
@@ -138,5 +138,7 @@ def read_table(directory: Path, name: str) -> pa.Table:
         try:
             parts.append(pq.read_table(path, schema=TABLES[name]))
         except (pa.ArrowInvalid, pa.ArrowTypeError, OSError):
-            raise UserError(f"{path} is damaged or cut short; record the trace again, or delete that part to read the rest.") from None
+            raise UserError(
+                f"{path} is damaged or cut short; record the trace again, or delete that part to read the rest."
+            ) from None
     return pa.concat_tables(parts) if parts else TABLES[name].empty_table()

@@ -14,7 +14,8 @@ import pyarrow as pa
 from workbench.errors import UserError
 from workbench.trace import store
 from workbench.trace.anatomy import Anatomy
-from workbench.trace.schema import PHASES, TABLES
+from workbench.trace.schema import HALF_FLOATS, PHASES, TABLES
+
 
 class Trace:
     """Tables of facts and what they are about. Immutable: `select` and `merge` return new traces."""
@@ -66,7 +67,7 @@ class Trace:
 
         with duckdb.connect(config={"enable_external_access": False}) as connection:
             for name, table in self._tables.items():
-                connection.register(name, table)
+                connection.register(name, _without_half_floats(table))
             try:
                 return connection.execute(query).df()
             except duckdb.Error as error:
@@ -139,3 +140,9 @@ class Trace:
         title = html.escape(repr(self))
         setup = html.escape(json.dumps(self.meta.get("setup", "dense")))
         return f"<p><b>{title}</b> &nbsp; setup {setup}</p>" + self.summary().to_html(index=False)
+
+
+def _without_half_floats(table: pa.Table) -> pa.Table:
+    """The table with float16 lists widened, which DuckDB cannot read."""
+    wide = [field.with_type(pa.list_(pa.float32())) if field.type == HALF_FLOATS else field for field in table.schema]
+    return table.cast(pa.schema(wide))

@@ -1,6 +1,6 @@
 """A store with the same number of slots in every row and kv head of a layer.
 
-Buffers are allocated ahead and grow by an eighth, so appending a token copies one token. Rows or heads that hold fewer
+Buffers are allocated ahead and grow by a sixteenth, so appending a token copies one token. Rows or heads that hold fewer
 tokens than others have empty slots, marked by position -1. Side state (such as accumulated attention) lies beside K
 and V and moves with them.
 """
@@ -12,7 +12,7 @@ import copy
 import torch
 
 SLACK = 8
-"""Slots allocated ahead: this many, or an eighth of the length if that is more."""
+"""Slots allocated ahead: this many, or a sixteenth of the length if that is more."""
 
 
 class RectangularStore:
@@ -88,10 +88,7 @@ class RectangularStore:
         """Keeps the slots of `mask` `[B, H, N]` and frees the rest. Returns the bytes moved."""
         counts = mask.sum(-1)
         length = int(counts.max())
-        if length == self.length - 1:
-            moved = self._fill_hole(mask)
-        else:
-            moved = self._gather(mask, counts, length)
+        moved = self._fill_hole(mask) if length == self.length - 1 else self._gather(mask, counts, length)
         self.length = length
         self.has_empty_slots = bool((counts < length).any())
         return moved
@@ -154,4 +151,4 @@ class RectangularStore:
 
 
 def _slack(length: int) -> int:
-    return max(SLACK, length // 8)
+    return max(SLACK, length // 16)

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from workbench_kernels.attention_rows import attention_rows
 
 from workbench.engine.policy import LayerState
 from workbench.methods.base import Budget, Method, resolve_budget
+from workbench_kernels.attention_rows import attention_rows
 
 PREFILL_ONLY = frozenset({"prefill"})
 EVERY_STEP = frozenset({"prefill", "append", "decode"})

@@ -28,7 +28,9 @@ class SnapKV(CacheMethod):
 
     budget: Budget = budget_knob(0.2)
     window: int = knob(32, low=1, high=1024, unit="tokens", help="Last queries that vote; their own tokens always stay.")
-    kernel: int = knob(5, unit="tokens", help="Width of the pooling that lifts a token's neighbours; odd.", choices=(1, 3, 5, 7, 9, 11, 13))
+    kernel: int = knob(
+        5, unit="tokens", help="Width of the pooling that lifts a token's neighbours; odd.", choices=(1, 3, 5, 7, 9, 11, 13)
+    )
     pooling: str = knob("avg", choices=("avg", "max"), help="How scores are pooled.")
 
     def keep(self, state: LayerState) -> torch.Tensor:

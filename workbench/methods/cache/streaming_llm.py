@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from workbench.engine.policy import LayerState
-from workbench.methods.base import Budget, knob, budget_knob, register
+from workbench.methods.base import Budget, budget_knob, knob, register
 from workbench.methods.cache.base import EVERY_STEP, CacheMethod, recent
 
 

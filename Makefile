@@ -1,0 +1,45 @@
+# Every target works on a machine that has only Python 3.11+ and make: it builds its own .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup demo test lint dashboard lab clean
+
+setup: $(VENV)/.ready
+
+# torch comes first and alone, pinned: a CPU build serves, and an open range would fetch gigabytes of CUDA libraries.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Workbench needs Python 3.11 or later; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.notebook: $(VENV)/.ready
+	$(PIP) --editable '.[notebook]'
+	touch $@
+
+$(VENV)/.dashboard: $(VENV)/.ready
+	$(PIP) --editable '.[dashboard]'
+	touch $@
+
+demo: setup
+	$(BIN)/workbench demo
+
+test: setup $(VENV)/.notebook $(VENV)/.dashboard
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+dashboard: $(VENV)/.dashboard
+	$(BIN)/streamlit run apps/dashboard.py --server.address=127.0.0.1
+
+lab: $(VENV)/.notebook
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,34 @@
+"""Shared models and the guard that nothing is left behind in transformers."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+import workbench as wb
+from workbench.testing import RANDOM_MODELS
+
+
+@pytest.fixture(scope="session")
+def tiny() -> wb.LM:
+    return wb.load("tiny-dense")
+
+
+@pytest.fixture(params=RANDOM_MODELS)
+def random_lm(request, tiny) -> wb.LM:
+    return wb.load((RANDOM_MODELS[request.param](), tiny.tokenizer))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(tiny):
+    """No test may leave a registered function, a changed implementation or a hook."""
+    importlib_ready = wb.Session  # the engine registers its one attention function on import
+    functions = set(AttentionInterface._global_mapping)
+    masks = set(AttentionMaskInterface._global_mapping)
+    implementation = tiny.model.config._attn_implementation
+    yield importlib_ready
+    assert set(AttentionInterface._global_mapping) == functions
+    assert set(AttentionMaskInterface._global_mapping) == masks
+    assert tiny.model.config._attn_implementation == implementation
+    assert not [module for module in tiny.model.modules() if module._forward_hooks or module._forward_pre_hooks]

@@ -1,0 +1,80 @@
+"""FLOPs: the arithmetic of each formula, and exact agreement with torch's counter on eager attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import workbench as wb
+from workbench.cost.flops import attention_flops, linear_flops
+from workbench.testing import RANDOM_MODELS, ids, random_llama
+from workbench.trace.anatomy import Attention, Linear
+
+
+def test_linear():
+    # 5 tokens x 7 in x 3 out, a multiply-add is 2: 2 * 5 * 7 * 3 = 210
+    assert linear_flops(5, Linear("mlp", 7, 3, bias=True)) == 210
+
+
+def test_attention():
+    # scores: 2 * 10 pairs * 4 heads * 8 = 640; values: 2 * 10 * 4 * 6 = 480
+    assert attention_flops(10, Attention(num_q_heads=4, num_kv_heads=2, head_dim=8, value_dim=6)) == 1120
+
+
+def test_whole_llama_by_hand():
+    """3 layers, d=32, 4 query and 2 kv heads of 8, f=48, V=96; a prompt of 10, all logits."""
+    model = random_llama()
+    with wb.profile(model) as prof, torch.no_grad():
+        model(ids(10))
+    flops = prof.trace.flops(by="component").set_index("component")["flops"]
+    assert flops["attention.qkv"] == 3 * 2 * 10 * 32 * (32 + 16 + 16)
+    assert flops["attention.out"] == 3 * 2 * 10 * 32 * 32
+    assert flops["attention.scores"] == 3 * 2 * (10 * 10) * 4 * (8 + 8)
+    assert flops["mlp"] == 3 * 2 * 10 * 3 * 32 * 48
+    assert flops["lm_head"] == 2 * 10 * 32 * 96
+    causal = prof.trace.flops(by="component", convention="causal").set_index("component")["flops"]
+    assert causal["attention.scores"] == 3 * 2 * (10 * 11 // 2) * 4 * (8 + 8)
+
+
+@pytest.mark.parametrize("name", RANDOM_MODELS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_equals_flop_counter(name, batch):
+    """Prefill, decode with a cache and a multi-token append, each on its own, difference 0."""
+    model = RANDOM_MODELS[name](attn_implementation="eager", experts_implementation="eager")
+    counted = []
+    with wb.profile(model) as prof, torch.no_grad():
+        cache = None
+        for length in (37, 1, 1, 5):
+            counter = FlopCounterMode(display=False)
+            with counter:
+                out = model(ids(length, batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            counted.append(counter.get_total_flops())
+    by_step = prof.trace.flops(by="step").set_index("step")["flops"]
+    assert by_step.tolist() == counted
+    assert list(prof.trace.table("steps")["phase"]) == ["prefill", "decode", "decode", "append"]
+
+
+def test_equals_flop_counter_through_generate_with_padding():
+    model = random_llama(attn_implementation="eager")
+    prompts = ids(20, 2)
+    mask = torch.ones_like(prompts)
+    mask[0, :7] = 0
+    counter = FlopCounterMode(display=False)
+    with wb.profile(model) as prof, counter:
+        model.generate(prompts, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert prof.trace.flops() == counter.get_total_flops()
+    attention = prof.trace.table("attention").query("step == 0 and layer == 0")
+    # Row 0 sees 13 tokens causally, and its 7 padding rows see what eager's mask leaves them; row 1 sees all 20.
+    assert attention["pairs"].item() >= 13 * 14 // 2 + 20 * 21 // 2
+
+
+def test_unknown_group_and_convention():
+    model = random_llama()
+    with wb.profile(model) as prof, torch.no_grad():
+        model(ids(4))
+    with pytest.raises(wb.UserError, match=r"'colour'.*phase, component"):
+        prof.trace.flops(by="colour")
+    with pytest.raises(wb.UserError, match=r"'half'.*full and causal"):
+        prof.trace.flops(convention="half")

@@ -1,0 +1,109 @@
+"""The rectangular store: whatever is appended and kept, K, V and side state stay with their positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from workbench.engine.stores.rectangular import SLACK, RectangularStore
+
+
+def filled(batch=2, heads=3, length=20, dim=4) -> RectangularStore:
+    store = RectangularStore(with_mass=True)
+    append(store, 0, length, batch, heads, dim)
+    return store
+
+
+def append(store, start, count, batch=2, heads=3, dim=4):
+    """Keys and values that spell out batch, head and position, so that any mix-up shows."""
+    positions = torch.arange(start, start + count).expand(batch, count)
+    code = torch.arange(batch)[:, None, None] * 1e4 + torch.arange(heads)[:, None] * 1e3 + positions[:, None]
+    keys = code[..., None].expand(-1, -1, -1, dim).contiguous()
+    store.append(keys, -keys, positions, has_padding=False)
+    store.mass[..., -count:] = code
+
+
+def check(store):
+    code = torch.arange(store.keys.shape[0])[:, None, None] * 1e4 + torch.arange(store.keys.shape[1])[:, None] * 1e3
+    held = store.positions >= 0
+    assert torch.equal((store.keys[..., 0] - code)[held], store.positions[held].float())
+    assert torch.equal(store.values, -store.keys)
+    assert torch.equal(store.mass[held], store.keys[..., 0][held])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_life(seed):
+    """Appends and evictions in random order, uneven heads and rows included, against a set of positions per head."""
+    generator = torch.Generator().manual_seed(seed)
+    store = filled()
+    expected = [[set(range(20)) for _ in range(3)] for _ in range(2)]
+    seen = 20
+    for _ in range(12):
+        count = int(torch.randint(1, 4, (1,), generator=generator))
+        append(store, seen, count)
+        for row in expected:
+            for head in row:
+                head |= set(range(seen, seen + count))
+        seen += count
+        if torch.rand(1, generator=generator) < 0.7:
+            keep = (torch.rand(store.positions.shape, generator=generator) < 0.8) & (store.positions >= 0)
+            for row in range(2):
+                for head in range(3):
+                    expected[row][head] = set(store.positions[row, head][keep[row, head]].tolist())
+            store.keep(keep)
+        check(store)
+        for row in range(2):
+            for head in range(3):
+                held = store.positions[row, head]
+                assert sorted(held[held >= 0].tolist()) == sorted(expected[row][head])
+
+
+def test_dropping_one_token_moves_one_token():
+    store = filled()
+    keep = torch.ones(2, 3, 20, dtype=torch.bool)
+    keep[:, :, 5] = False
+    moved = store.keep(keep)
+    assert store.length == 19 and not store.has_empty_slots
+    # in and out: 6 heads x (K 4 + V 4 float32, position int32, mass float32)
+    assert moved == 2 * 6 * (8 * 4 + 4 + 4)
+    check(store)
+
+
+def test_eviction_frees_memory():
+    store = filled(length=1000)
+    before = store.nbytes
+    keep = torch.zeros(2, 3, 1000, dtype=torch.bool)
+    keep[:, :, :100] = True
+    store.keep(keep)
+    assert store.nbytes == before * (100 + max(SLACK, 100 // 16)) // 1000
+
+
+def test_appending_reallocates_seldom():
+    store = filled(length=100)
+    buffers = set()
+    for position in range(100, 400):
+        append(store, position, 1)
+        buffers.add(store._buffers["keys"].data_ptr())
+    assert len(buffers) < 30
+    assert store.nbytes <= 1.1 * 400 * 2 * 3 * (8 * 4 + 8)
+
+
+def test_sliding_window_keeps_the_last_slots():
+    store = RectangularStore()
+    positions = torch.arange(50)[None]
+    store.append(torch.zeros(1, 1, 50, 2), torch.zeros(1, 1, 50, 2), positions, has_padding=False)
+    store.keep_last(15)
+    for position in range(50, 120):
+        store.append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.tensor([[position]]), has_padding=False)
+        store.keep_last(15)
+        assert store.positions[0, 0, -15:].tolist() == list(range(position - 14, position + 1))
+        assert store.length <= 15 + SLACK
+
+
+def test_clone_is_independent():
+    store = filled()
+    other = store.clone()
+    append(other, 20, 1)
+    other.keep(torch.zeros_like(other.positions, dtype=torch.bool).index_fill(2, torch.tensor([0]), True))
+    assert store.length == 20 and other.length == 1
+    check(store)

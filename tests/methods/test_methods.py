@@ -1,0 +1,270 @@
+"""Properties of every registered method, and the sheets' worked examples for each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import AttentionInterface, DynamicCache
+
+import workbench as wb
+from workbench.engine.policy import LayerState
+from workbench.methods import METHODS, describe, parse_method
+from workbench.testing import ids, random_gemma, random_llama
+
+EVICTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
+
+
+def named(cls) -> str:
+    return cls.name
+
+
+@pytest.fixture(params=[1, 2, 4], ids=["MQA", "GQA", "MHA"])
+def lm(request, tiny) -> wb.LM:
+    return wb.load((random_llama(request.param), tiny.tokenizer))
+
+
+def small(cls, budget):
+    """The method with knobs that fit prompts of a few dozen tokens."""
+    return cls(budget=budget, **({"window": 8} if "window" in cls.__dataclass_fields__ else {}))
+
+
+def kept(session: wb.Session, layer: int, head: int) -> set[int]:
+    return set(session._cache.layers[layer].store.positions[0, head].tolist()) - {-1}
+
+
+def state(keys=None, positions=None, capacity=4, mass=None, queries=None, scaling=1.0, phase="prefill") -> LayerState:
+    """A layer state of one row and one kv head, unless tensors say otherwise."""
+    reference = next(tensor for tensor in (keys, mass) if tensor is not None)
+    num_slots = reference.shape[2]
+    keys = keys if keys is not None else torch.zeros(1, 1, num_slots, 2)
+    positions = torch.arange(num_slots).expand(keys.shape[:3]) if positions is None else positions
+    return LayerState(keys, keys, positions, torch.tensor([capacity]), scaling, 0, 1, phase, queries, mass)
+
+
+@pytest.mark.parametrize("cls", EVICTING, ids=named)
+@pytest.mark.parametrize("budget", [1.0, 30, 1000])
+def test_budget_of_the_whole_prompt_is_dense_bit_for_bit(lm, cls, budget):
+    prompt = ids(30)[0].tolist()
+    dense, session = wb.Session(lm), wb.Session(lm, small(cls, budget))
+    assert torch.equal(session.prefill(prompt), dense.prefill(prompt))
+    assert session.trace.table("evictions").empty
+
+
+@pytest.mark.parametrize("cls", EVICTING, ids=named)
+def test_prefill_logits_are_those_of_dense(lm, cls):
+    prompt = ids(40)[0].tolist()
+    assert torch.equal(wb.Session(lm, small(cls, 0.3)).prefill(prompt), wb.Session(lm).prefill(prompt))
+
+
+@pytest.mark.parametrize("cls", EVICTING, ids=named)
+@pytest.mark.parametrize("budget", [1, 5, 0.25, 0.9])
+def test_budget_is_met_and_memory_is_freed(lm, cls, budget):
+    method = small(cls, budget)
+    session = wb.Session(lm, method)
+    session.prefill(ids(40)[0].tolist())
+    limit = method.capacity(40)
+    assert limit == (budget if isinstance(budget, int) else round(budget * 40))
+    assert all(layer.store.length == limit for layer in session._cache.layers)
+    session.generate(20)
+    if "decode" in cls.acts:
+        assert all(layer.store.length == limit for layer in session._cache.layers)
+    cache = session.trace.table("cache").query("op == 'evict' and step == 0")
+    assert (cache["held_tokens"] == limit * lm.anatomy.layers[0].attention.num_kv_heads).all()
+    assert len(cache) == lm.anatomy.num_layers
+
+
+@pytest.mark.parametrize("cls", EVICTING, ids=named)
+def test_evicted_positions_never_return(lm, cls):
+    session = wb.Session(lm, small(cls, 0.3))
+    session.prefill(ids(40)[0].tolist())
+    before = [
+        [kept(session, layer, head) for head in range(lm.anatomy.layers[layer].attention.num_kv_heads)] for layer in range(3)
+    ]
+    for length in range(41, 55):
+        session.step()
+        for layer, heads in enumerate(before):
+            for head, held in enumerate(heads):
+                now = kept(session, layer, head)
+                assert now <= held | {length - 1}
+                heads[head] = now
+
+
+@pytest.mark.parametrize("cls", EVICTING, ids=named)
+def test_evicting_equals_masking_a_full_cache(lm, cls):
+    """Plain transformers with everything cached, and a mask of what the method evicted, gives the same logits."""
+    prompt = ids(40)[0].tolist()
+    session = wb.Session(lm, small(cls, 0.3))
+    session.prefill(prompt)
+    anatomy = lm.anatomy.layers[0].attention
+    cache = DynamicCache()
+    with torch.no_grad():
+        lm.model(torch.tensor([prompt]), past_key_values=cache)
+    for token in (7, 8, 9, 10):
+        allowed = [[kept(session, layer, head) for head in range(anatomy.num_kv_heads)] for layer in range(3)]
+
+        def masked(module, query, key, value, attention_mask, scaling, allowed=allowed, **_):
+            key, value = (states.repeat_interleave(anatomy.group, 1) for states in (key, value))
+            scores = query @ key.transpose(-1, -2) * scaling
+            last = key.shape[2] - 1
+            for head in range(query.shape[1]):
+                visible = sorted(allowed[module.layer_idx][head // anatomy.group] | {last})
+                hidden = torch.ones(key.shape[2], dtype=torch.bool).index_fill(0, torch.tensor(visible), False)
+                scores[:, head, :, hidden] = -math.inf
+            return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+        AttentionInterface._global_mapping["masked_oracle"] = masked
+        lm.model.config._attn_implementation_internal = "masked_oracle"
+        try:
+            with torch.no_grad():
+                expected = lm.model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+        finally:
+            lm.model.config._attn_implementation_internal = "sdpa"
+            del AttentionInterface._global_mapping["masked_oracle"]
+        torch.testing.assert_close(session.step([token])[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", EVICTING, ids=named)
+def test_sliding_layers_are_left_alone(tiny, cls):
+    lm = wb.load((random_gemma(), tiny.tokenizer))
+    session = wb.Session(lm, small(cls, 0.2))
+    session.prefill(ids(40)[0].tolist())
+    session.generate(4)
+    assert set(session.trace.table("evictions")["layer"]) == {1}
+
+
+@pytest.mark.parametrize("cls", METHODS.values(), ids=named)
+def test_description_is_complete(cls):
+    described = describe(cls)
+    assert described["summary"].endswith(".") and described["paper"]
+    assert all(knob["help"].endswith(".") and knob["unit"] is not None for knob in described["knobs"])
+    assert parse_method(cls.name) == cls()
+    if cls.slot == "cache" and cls.name != "dense":
+        assert "budget" in cls.__dataclass_fields__
+        assert parse_method(f"{cls.name}:budget=0.3") == cls(budget=0.3)
+        assert parse_method(f"{cls.name}:budget=30%") == cls(budget=0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nope", "no method named 'nope'.*Known: dense"),
+        ("snapk", "Did you mean 'snapkv'"),
+        ("h2o:colour=3", "no knob 'colour'; its knobs are budget, recent"),
+        ("dense:budget=0.5", "it has no knobs"),
+        ("h2o:budget", "needs a value"),
+        ("h2o:budget=0", "cannot be 0"),
+        ("h2o:budget=-1", "cannot be -1"),
+        ("h2o:budget=0.0", "cannot be 0.0"),
+        ("h2o:budget=1.5", "cannot be 1.5"),
+        ("h2o:budget=nan", "cannot be nan"),
+        ("h2o:budget=5000%", "'5000%'"),
+        ("h2o:budget=lots", "cannot be 'lots'"),
+        ("h2o:recent=2", "from 0.0 to 1.0"),
+        ("snapkv:window=0", "from 1 to 1024"),
+        ("snapkv:window=1.5", "a whole number"),
+        ("snapkv:pooling=median", "'avg' or 'max'"),
+    ],
+)
+def test_bad_text_is_one_sentence(text, message):
+    with pytest.raises(wb.UserError, match=message) as caught:
+        parse_method(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_new_method_is_one_class(tiny):
+    """Registering is the whole of adding a method; one that keeps too much is found out by the comparison."""
+
+    @wb.register
+    @dataclasses.dataclass(frozen=True)
+    class KeepsAll(METHODS["streaming-llm"]):
+        """Keeps everything, whatever its budget."""
+
+        name = "keeps-all"
+
+        def keep(self, state):
+            return state.occupied
+
+    try:
+        with pytest.raises(wb.MethodDidNotFire, match=r"keeps-all.*0 of 4 layers"):
+            wb.compare(tiny, wb.workloads.recall(context=96, samples=1, facts=1), ["keeps-all:budget=0.5"])
+    finally:
+        del METHODS._entries["keeps-all"]
+
+
+def test_streaming_llm_keeps_sinks_and_recent():
+    # capacity 6, 4 sinks: {0..3} and the last 2 of 10
+    mask = wb.StreamingLLM(budget=6).keep(state(mass=torch.zeros(1, 1, 10), capacity=6))
+    assert mask[0, 0].nonzero().flatten().tolist() == [0, 1, 2, 3, 8, 9]
+    mask = wb.StreamingLLM(budget=3, sinks=0).keep(state(mass=torch.zeros(1, 1, 10), capacity=3))
+    assert mask[0, 0].nonzero().flatten().tolist() == [7, 8, 9]
+
+
+def test_h2o_worked_example():
+    """Rows [1], [.5 .5], [.2 .6 .2], [.1 .6 .2 .1] sum to [1.8 1.7 .4 .1]; hh=1, recent=2 keeps {0, 2, 3}."""
+    rows = torch.tensor([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.2, 0.6, 0.2, 0], [0.1, 0.6, 0.2, 0.1]])
+    mass = rows.sum(0)
+    torch.testing.assert_close(mass, torch.tensor([1.8, 1.7, 0.4, 0.1]))
+    h2o = wb.H2O(budget=3, recent=0.67)
+    mask = h2o.keep(state(mass=mass.view(1, 1, 4), capacity=3))
+    assert mask[0, 0].nonzero().flatten().tolist() == [0, 2, 3]
+    # The next row [.1 .1 .3 .5] over {0, 2, 3, 4} keeps {0, 3, 4}.
+    mass = torch.cat([mass[[0, 2, 3]], torch.zeros(1)]) + torch.tensor([0.1, 0.1, 0.3, 0.5])
+    positions = torch.tensor([0, 2, 3, 4]).view(1, 1, 4)
+    mask = h2o.keep(state(mass=mass.view(1, 1, 4), positions=positions, capacity=3))
+    assert positions[mask].tolist() == [0, 3, 4]
+
+
+def test_h2o_mass_is_the_column_sum_of_eager_attention(tiny):
+    """Over prefill, an appended turn and decoded tokens, of whatever is still held."""
+    lm = wb.load((random_llama(attn_implementation="eager"), tiny.tokenizer))
+    prompt, turn = ids(20)[0].tolist(), ids(5, seed=1)[0].tolist()
+    session = wb.Session(lm, wb.H2O(budget=1000))
+    session.prefill(prompt)
+    session.append(turn)
+    session.step([4])
+    with torch.no_grad():
+        attentions = lm.model(torch.tensor([[*prompt, *turn, 4]]), output_attentions=True).attentions
+    for layer, attention in zip(session._cache.layers, attentions, strict=True):
+        expected = attention.sum(2).unflatten(1, (2, 2)).sum(2)
+        torch.testing.assert_close(layer.store.mass, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+@pytest.mark.parametrize("kernel", [1, 5, 7])
+def test_snapkv_equals_a_plain_loop(pooling, kernel):
+    """The kept sets of a looping implementation written from the sheet, with no shared code."""
+    torch.manual_seed(3)
+    num_q_heads, num_kv_heads, length, window, capacity, dim = 4, 2, 37, 6, 15, 8
+    queries, keys = torch.randn(1, num_q_heads, length, dim), torch.randn(1, num_kv_heads, length, dim)
+    scaling = dim**-0.5
+    scores = torch.zeros(num_q_heads, length)
+    for head in range(num_q_heads):
+        for query in range(length - window, length):
+            logits = [float(queries[0, head, query] @ keys[0, head // 2, key]) * scaling for key in range(query + 1)]
+            top = max(logits)
+            weights = [math.exp(logit - top) for logit in logits]
+            for key, weight in enumerate(weights):
+                scores[head, key] += weight / sum(weights)
+    half = kernel // 2
+    pooled = torch.zeros_like(scores)
+    for head in range(num_q_heads):
+        for key in range(length):
+            around = [float(scores[head, j]) if 0 <= j < length else 0.0 for j in range(key - half, key + half + 1)]
+            pooled[head, key] = sum(around) / kernel if pooling == "avg" else max(around)
+    method = wb.SnapKV(budget=capacity, window=window, kernel=kernel, pooling=pooling)
+    mask = method.keep(state(keys=keys, queries=queries, scaling=scaling, capacity=capacity))
+    for head in range(num_kv_heads):
+        group = (pooled[2 * head] + pooled[2 * head + 1]) / 2
+        best = sorted(range(length - window), key=lambda key: -float(group[key]))[: capacity - window]
+        assert set(mask[0, head].nonzero().flatten().tolist()) == set(best) | set(range(length - window, length))
+
+
+def test_snapkv_keeps_a_planted_key():
+    torch.manual_seed(0)
+    queries, keys = torch.randn(1, 2, 50, 8), torch.randn(1, 1, 50, 8)
+    queries[..., 0], keys[:, :, 11, 0] = 5.0, 8.0
+    mask = wb.SnapKV(budget=16, window=8).keep(state(keys=keys, queries=queries, capacity=16))
+    assert mask[0, 0, 11] and mask[0, 0, 42:].all()

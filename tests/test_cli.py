@@ -1,0 +1,133 @@
+"""The command line: what it prints, and one sentence with exit code 2 for every mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+import workbench as wb
+from workbench import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs the command line in an empty folder; returns exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["workbench", *arguments])
+        cli._out.width = cli._err.width = 200
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out = capsys.readouterr()
+        code = stop.value.code
+        return (code if isinstance(code, int) else 0), out.out, out.err
+
+    return call
+
+
+def test_methods_json(run):
+    code, out, _ = run("methods", "--json")
+    listed = json.loads(out)
+    assert code == 0 and {entry["name"] for entry in listed} == set(wb.METHODS)
+    for entry in listed:
+        assert set(entry) >= {"name", "slot", "summary", "paper", "knobs", "deviations"}
+        for knob in entry["knobs"]:
+            assert set(knob) >= {"name", "default", "low", "high", "unit", "help"}
+
+
+def test_profile_json(run, tmp_path):
+    code, out, _ = run("profile", "--prompt-tokens", "100", "--new-tokens", "5", "--method", "h2o:budget=0.3", "--json")
+    result = json.loads(out)
+    assert code == 0
+    prefill, decode = result["phases"]
+    assert (prefill["phase"], prefill["tokens"]) == ("prefill", 100) and (decode["phase"], decode["tokens"]) == ("decode", 5)
+    assert set(prefill) == {"phase", "tokens", "seconds", "flops", "bytes", "kv_physical_bytes", "kv_nominal_bytes"}
+    trace = wb.Trace.load(tmp_path / result["trace"])
+    assert trace.complete and trace.flops() == prefill["flops"] + decode["flops"]
+
+
+def test_profile_of_a_file_with_importance(run, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Return the absolute value of the argument.")
+    code, out, _ = run("profile", "--prompt-file", "prompt.txt", "--importance", "full", "--out", "mine.trace")
+    assert code == 0 and "prefill" in out and "mine.trace" in out
+    trace = wb.Trace.load(tmp_path / "mine.trace")
+    assert "".join(trace.table("tokens").query("phase == 'prefill'")["text"]).endswith("absolute value of the argument.")
+    assert not trace.table("importance").empty
+
+
+def test_compare_json(run, tmp_path):
+    options = ("--context", "128", "--samples", "2", "--method", "snapkv:budget=0.5", "--method", "streaming-llm:budget=20")
+    code, out, _ = run("compare", *options, "--out", "cmp", "--json")
+    result = json.loads(out)
+    assert code == 0 and [row["setup"] for row in result["rows"]] == ["dense", "snapkv(budget=0.5)", "streaming-llm(budget=20)"]
+    expected = """setup score nll kl_to_dense top1_agreement ttft_s tpot_s prefill_flops decode_flops decode_bytes
+        kv_physical_bytes kv_nominal_bytes fired_layers layers fired_steps steps joules joules_reason"""
+    assert set(result["rows"][0]) >= set(expected.split())
+    assert (tmp_path / result["report"]).read_text().startswith("<!doctype html>")
+    assert len(wb.Comparison.load(tmp_path / "cmp").rows) == 3
+
+
+def test_models_and_doctor(run):
+    code, out, _ = run("models", "--json")
+    models = {entry["name"]: entry for entry in json.loads(out)}
+    assert code == 0 and models["tiny-dense"]["ready"] and models["tiny-dense"]["parameters"] > 500_000
+    code, out, _ = run("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(out)["checks"]}
+    assert code == 0 and checks["built-in models"]["ok"]
+    assert all(check["detail"] for check in checks.values())
+    assert run("doctor")[0] == run("models")[0] == run("methods")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["profile", "--model", "no-such-model"], "There is no model 'no-such-model'"),
+        (["profile", "--model", "some/where"], "There is no model 'some/where'"),
+        (["profile", "--model", "."], "holds no config.json"),
+        (["profile", "--method", "nothing"], "no method named 'nothing'"),
+        (["profile", "--method", "h2o:colour=1"], "no knob 'colour'"),
+        (["profile", "--method", "h2o:budget=0"], "cannot be 0"),
+        (["profile", "--method", "h2o:budget=-1"], "cannot be -1"),
+        (["profile", "--method", "h2o:budget=5000%"], "'5000%'"),
+        (["profile", "--prompt", ""], "prompt is empty"),
+        (["profile", "--prompt", "a", "--prompt-file", "b"], "not both"),
+        (["profile", "--prompt-file", "missing.txt"], "Cannot read missing.txt"),
+        (["profile", "--prompt-file", "empty.txt"], "empty.txt is empty"),
+        (["profile", "--prompt-file", "binary.bin"], "binary.bin"),
+        (["profile", "--prompt-file", "zeros.bin"], "zeros.bin"),
+        (["profile", "--prompt-tokens", "9000"], "whose context is 8192"),
+        (["profile", "--prompt-tokens", "0"], "--prompt-tokens cannot be 0"),
+        (["profile", "--new-tokens", "0"], "--new-tokens cannot be 0"),
+        (["profile", "--importance", "some"], "importance mode 'some'"),
+        (["profile", "--out", "empty.txt/x"], "Cannot write to empty.txt/x"),
+        (["profile", "--out", "full"], "full is not empty and holds no trace"),
+        (["compare", "--workload", "chess"], "no workload named 'chess'"),
+        (["compare", "--workload", "text", "--query-aware"], "no setting 'query_aware'"),
+        (["compare", "--context", "9000"], "whose context is 8192"),
+        (["compare", "--samples", "0"], "samples=0"),
+        (["compare", "--method", "h2o:budget=2.5"], "cannot be 2.5"),
+        (["compare", "--out", "empty.txt/x"], "Cannot write to empty.txt/x"),
+    ],
+)
+def test_mistakes_are_one_sentence(run, tmp_path, arguments, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "zeros.bin").write_bytes(bytes(100))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for extra in ([], ["--json"]):
+        code, out, err = run(*arguments, *extra)
+        assert code == 2 and out == ""
+        assert message in err and err.startswith("Error: ") and "Traceback" not in err
+        assert len(err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["workbench", "profile", "--debug", "--method", "nothing"])
+    with pytest.raises(wb.UserError):
+        cli.main()

@@ -1,0 +1,131 @@
+"""A built-in model's card, from its training log and fresh measurements: `python -m workbench.models.card DIR`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from workbench.models.rows import Rows
+from workbench.texts import recall
+
+LENGTHS = (128, 256, 512, 768, 1024, 2048)
+NUM_FACTS = 4
+_SAMPLES = 64
+_SEED = 1_000_003
+
+
+def write_card(directory: Path) -> Path:
+    """Evaluates the model in a directory and writes its MODEL_CARD.md beside it."""
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    recipe = json.loads((directory / "training_log.json").read_text())
+    path = directory / "MODEL_CARD.md"
+    path.write_text(card(model, recipe, evaluate(model, tokenizer)))
+    return path
+
+
+def card(model, recipe: dict, measured: dict) -> str:
+    """The card's text."""
+    log = recipe["log"]
+    shown = [line for number, line in enumerate(log) if number % max(1, len(log) // 14) == 0 or number == len(log) - 1]
+    tasks = [task for task in ("copy", "recall", "text") if any(f"{task}_loss" in line for line in log)]
+    curve = [[line["step"], *(line.get(f"{task}_loss", "") for task in tasks)] for line in shown]
+    stages = [
+        [
+            number,
+            ", ".join(map(str, stage["lengths"])),
+            ", ".join(f"{task} {share:g}" for task, share in stage["mix"].items()),
+            f"{stage['goal'][0]} accuracy {stage['goal'][1]:g}" if stage["goal"] else f"{stage['steps']} steps",
+        ]
+        for number, stage in enumerate(recipe["curriculum"])
+    ]
+    config = model.config
+    experts = getattr(config, "num_local_experts", None)
+    routed = f", {experts} experts of which {config.num_experts_per_tok} serve a token" if experts else ""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"""# {recipe["model"]}
+
+A {type(model).__name__} of {parameters:,} parameters, trained to be small and to recall: {config.num_hidden_layers} layers,
+hidden size {config.hidden_size}, {config.num_attention_heads} query and {config.num_key_value_heads} kv heads{routed}, rotary
+positions, tied embeddings, vocabulary {config.vocab_size} (byte-level BPE), float32 weights.
+
+## Data
+
+English prose of the Python standard library (`pydoc_data.topics` and docstrings of 300 characters or more), a tenth of the
+documents held out by a hash of their text; facts made of {len(recall.WORDS)} words, woven into that prose and asked for at the
+end (`workbench/texts/recall.py`); random token segments repeated among prose (copying).
+
+## Recipe
+
+`python -m workbench.models.train {recipe["model"]} --out DIR`, seed {recipe["seed"]}, about {log[-1]["step"]} steps of some
+{recipe["tokens_a_step"]:,} tokens, {log[-1]["seconds"] / 60:.0f} minutes on two CPU cores. AdamW, peak learning rate 2e-3
+after 100 warm-up steps,
+cosine decay over the last stage, weight decay 0.05, betas 0.9 and 0.98, gradient norm clipped at 1. Each task has its own
+mean loss; the losses are added. A stage ends at its goal:
+
+{_table(["stage", "row lengths (tokens)", "mix of rows", "until"], stages)}
+
+Loss by task (nats a token, one batch each):
+
+{_table(["step", *tasks], curve)}
+
+## Measured
+
+Recall: share of answers with all {recall.VALUE_WORDS} words right, {NUM_FACTS} facts in a context of held-out prose, all
+asked for at its end, {_SAMPLES * NUM_FACTS} answers a length (`python -m workbench.models.card DIR`).
+
+{_table(["context (tokens)", *measured["recall_by_length"]], [["recall", *measured["recall_by_length"].values()]])}
+
+Next-token loss on held-out documentation: {measured["held_out_nats"]} nats a token; a unigram model of the training text:
+{measured["unigram_nats"]}.
+
+## Limits
+
+It knows nothing of the world and writes documentation-like text at best. It was trained on contexts of up to
+{max(recipe["curriculum"][-1]["lengths"])} tokens; beyond them recall falls to nothing, though the model runs up to
+{config.max_position_embeddings}. Facts are recalled in the wording it was trained on. Use it to see what methods do to a cache,
+not to judge a method for a real model.
+"""
+
+
+def _table(head: list, rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer) -> dict:
+    """Recall by context length (4 facts, all answer words right) and held-out loss beside a unigram model's."""
+    rows = Rows(tokenizer, _SEED, held_out=True)
+    recall_by_length = {}
+    for length in LENGTHS:
+        right = total = 0
+        for _ in range(_SAMPLES):
+            row = rows.row("recall", length, NUM_FACTS)
+            predicted = model(torch.tensor([row.ids])).logits[0, :-1].argmax(-1).tolist()
+            answers = [i for i, task in enumerate(row.tasks) if task == "recall"]
+            size = recall.VALUE_WORDS + 1
+            for start in range(0, len(answers), size):
+                value = answers[start : start + recall.VALUE_WORDS]
+                right += all(predicted[i - 1] == row.ids[i] for i in value)
+                total += 1
+        recall_by_length[length] = round(right / total, 4)
+    training = torch.tensor(Rows(tokenizer, _SEED).stream)
+    frequency = torch.bincount(training, minlength=len(tokenizer)).float() + 1
+    held_out = torch.tensor(rows.stream)
+    unigram = -(frequency / frequency.sum()).log()[held_out].mean().item()
+    windows = held_out[: len(held_out) // 511 * 511].view(-1, 511)
+    windows = torch.cat([torch.full((len(windows), 1), rows.bos), windows], 1)
+    logits = torch.cat([model(chunk).logits[:, :-1] for chunk in windows.split(8)])
+    loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+    return {"recall_by_length": recall_by_length, "held_out_nats": round(loss, 3), "unigram_nats": round(unigram, 3)}
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(write_card(Path(name)))
