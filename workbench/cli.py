@@ -148,10 +148,17 @@ def compare(
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
+def methods(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
+) -> None:
     """List the methods with their knobs."""
     from workbench.methods import METHODS, describe
+    from workbench.methods.base import markdown_table
 
+    if markdown:
+        print(markdown_table())
+        return
     described = [describe(cls) for cls in METHODS.values()]
     if as_json:
         _print_json(described)

@@ -17,7 +17,7 @@ from workbench.trace.comparison import Comparison, Row
 from workbench.trace.trace import Trace
 
 _STYLE = """
-body{font:15px/1.5 Inter,Helvetica,Arial,sans-serif;color:#1b1b1b;max-width:1280px;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 Inter,Helvetica,Arial,sans-serif;color:#1b1b1b;max-width:1400px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.2rem;margin-top:2.2rem} .sub{color:#666;margin-top:0}
 table{border-collapse:collapse;font-size:13px} .wide{overflow-x:auto}
 td,th{padding:.35rem .5rem;text-align:right;border-bottom:1px solid #e4e4e4;white-space:nowrap}
@@ -77,6 +77,7 @@ Fired: the layers and steps where the method acted, of those where it had to. Ti
 for the cache at the end of a sample, spare room and the method's own state included. FLOPs and bytes are of one sample,
 over the prefill or everything after it; FLOPs count matrix products, a multiply-add as 2, causal attention as T x T; bytes
 follow the fused model.</p>
+{_left_alone(about)}
 <h2>Trade-offs</h2>
 {_figure(comparison.pareto())}
 {_figure(comparison.pareto(y="kl_to_dense"))}
@@ -139,6 +140,12 @@ def _kept(label: str, trace: Trace) -> str:
 
 def _figure(figure: go.Figure) -> str:
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+
+
+def _left_alone(about: dict) -> str:
+    if not about["sliding_layers"]:
+        return ""
+    return f'<p class="note">{about["sliding_layers"]} of {about["layers"]} layers slide over a window and were left alone.</p>'
 
 
 def _ran_on(environment: dict) -> str:

@@ -74,8 +74,6 @@ def blockwise_attention(
     value: torch.Tensor,
     scaling: float,
     *,
-    mass: torch.Tensor | None = None,
-    asking: torch.Tensor | None = None,
     occupied: torch.Tensor | None = None,
     window: int | None = None,
     **options,
@@ -87,15 +85,13 @@ def blockwise_attention(
         key: `[B, H, N, D]`.
         value: `[B, H, N, Dv]`.
         scaling: factor on the scores.
-        mass: `[B, H, N]` float32; what each key receives, summed over queries and the group's heads, is added to it.
-        asking: `[B, Q]` bool, False for queries that are padding and add no mass; None if all do.
         occupied: as in `attention_rows`.
         window: as in `attention_rows`.
         options: `softcap` and `sinks` of `attention_rows`.
     """
     batch, num_q_heads, num_queries, _ = query.shape
     num_kv_heads, num_slots = key.shape[1], key.shape[2]
-    out = query.new_empty(batch, num_q_heads, num_queries, value.shape[-1])
+    blocks = []
     for start in range(0, num_queries, BLOCK):
         stop = min(start + BLOCK, num_queries)
         last = num_slots - num_queries + stop
@@ -108,9 +104,6 @@ def blockwise_attention(
             occupied=None if occupied is None else occupied[:, :, first:last],
             **options,
         )
-        if mass is not None:
-            counted = rows if asking is None else rows * asking[:, None, None, start:stop, None]
-            mass[:, :, first:last] += counted.sum((2, 3))
         weights = rows.to(value.dtype).view(batch, num_kv_heads, -1, last - first)
-        out[:, :, start:stop] = torch.matmul(weights, value[:, :, first:last]).view(batch, num_q_heads, stop - start, -1)
-    return out
+        blocks.append(torch.matmul(weights, value[:, :, first:last]).view(batch, num_q_heads, stop - start, -1))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)

@@ -83,6 +83,8 @@ def test_model_is_left_as_found_after_an_error(random_lm):
         session.step([10**6])
     assert random_lm.model.config._attn_implementation == before
     assert not any(module._forward_pre_hooks for module in random_lm.model.modules())
+    with pytest.raises(wb.UserError, match="did not finish"):
+        session.step([2])
 
 
 def test_append_equals_one_long_prompt(random_lm):

@@ -16,7 +16,7 @@ def filled(batch=2, heads=3, length=20, dim=4) -> RectangularStore:
 
 def append(store, start, count, batch=2, heads=3, dim=4):
     """Keys and values that spell out batch, head and position, so that any mix-up shows."""
-    positions = torch.arange(start, start + count).expand(batch, count)
+    positions = torch.arange(start, start + count, dtype=torch.int32).expand(batch, count)
     code = torch.arange(batch)[:, None, None] * 1e4 + torch.arange(heads)[:, None] * 1e3 + positions[:, None]
     keys = code[..., None].expand(-1, -1, -1, dim).contiguous()
     store.append(keys, -keys, positions, has_padding=False)
@@ -90,11 +90,13 @@ def test_appending_reallocates_seldom():
 
 def test_sliding_window_keeps_the_last_slots():
     store = RectangularStore()
-    positions = torch.arange(50)[None]
+    positions = torch.arange(50, dtype=torch.int32)[None]
     store.append(torch.zeros(1, 1, 50, 2), torch.zeros(1, 1, 50, 2), positions, has_padding=False)
     store.keep_last(15)
     for position in range(50, 120):
-        store.append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.tensor([[position]]), has_padding=False)
+        store.append(
+            torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.tensor([[position]], dtype=torch.int32), has_padding=False
+        )
         store.keep_last(15)
         assert store.positions[0, 0, -15:].tolist() == list(range(position - 14, position + 1))
         assert store.length <= 15 + SLACK

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
 from transformers import AttentionInterface
 
-from workbench.probes.attention import OBSERVED, attention_configs
+from workbench.probes.attention import OBSERVED
 
 NAME = "workbench"
 
@@ -26,12 +26,12 @@ AttentionInterface.register(NAME, workbench_attention)
 
 
 @contextmanager
-def engine_attention(model: nn.Module) -> Iterator[None]:
-    """Lets the model attend through the engine inside the block, and puts back what it had.
+def engine_attention(configs: list[Any]) -> Iterator[None]:
+    """Lets a model attend through the engine inside the block, and puts back what it had.
 
-    An observing wrapper that is in place stays: it hands the engine's calls through.
+    `configs` are the model's `attention_configs`. An observing wrapper that is in place stays: it hands the engine's
+    calls through.
     """
-    configs = attention_configs(model)
     previous = [config._attn_implementation for config in configs]
     try:
         for config, implementation in zip(configs, previous, strict=True):

@@ -20,6 +20,7 @@ from workbench.probes.importance import attention_mass, by_position
 from workbench.trace.anatomy import Anatomy
 from workbench_kernels.attention_rows import blockwise_attention
 from workbench_kernels.column_mass import column_mass, column_mass_flops
+from workbench_kernels.decode_attention import decode_attention
 
 
 class EngineLayer(CacheLayerMixin):
@@ -98,19 +99,10 @@ class EngineLayer(CacheLayerMixin):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         options = {"softcap": softcap, "sinks": s_aux, "occupied": self.store.occupied, "window": self.attention.window}
         asking = self.call.positions >= 0 if self.call.has_padding else None
-        num_slots = self.store.length
-        if self._is_whole_prompt(query, options):
-            kernel = "sdpa"
-            grouped = self.attention.group > 1
-            keys, values = self.store.keys, self.store.values
-            out = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
-            if self.store.mass is not None:
-                self._add_mass(query, scaling)
-        else:
-            kernel = "blockwise"
-            mass = self.store.mass
-            out = blockwise_attention(query, self.store.keys, self.store.values, scaling, mass=mass, asking=asking, **options)
-        self.call.record_attention(self.index, self.attention, query.shape, num_slots, kernel)
+        out, kernel = self._output(query, scaling, options)
+        self.call.record_attention(self.index, self.attention, query.shape, self.store.length, kernel)
+        if self.store.mass is not None:
+            self._add_mass(query, scaling, asking, options)
         if self.call.importance != "off":
             mass, window = attention_mass(self.call.importance, query, self.store.keys, scaling, asking=asking, **options)
             spread = by_position(mass, self.store.positions, max(self.call.seen))
@@ -128,16 +120,26 @@ class EngineLayer(CacheLayerMixin):
         other.store, other.call = self.store.clone(), call
         return other
 
-    def _is_whole_prompt(self, query: torch.Tensor, options: dict) -> bool:
-        """Whether torch's own causal kernel computes the call: a prompt with nothing before it, padded or capped."""
+    def _output(self, query: torch.Tensor, scaling: float, options: dict) -> tuple[torch.Tensor, str]:
+        """Attention output `[B, Hq, Q, Dv]` and the kernel that computed it, which no method has a say in."""
+        keys, values, occupied = self.store.keys, self.store.values, options["occupied"]
         num_queries, window = query.shape[2], options["window"]
-        plain = options["occupied"] is None and options["softcap"] is None and options["sinks"] is None
-        return plain and 1 < num_queries == self.store.length and (window is None or num_queries <= window)
+        plain = options["softcap"] is None and options["sinks"] is None
+        if plain and num_queries == 1:
+            seen = slice(0 if window is None else -window, None)
+            occupied = None if occupied is None else occupied[:, :, seen]
+            return decode_attention(query, keys[:, :, seen], values[:, :, seen], scaling, occupied=occupied), "decode"
+        fits = window is None or num_queries <= window
+        if plain and fits and occupied is None and num_queries == self.store.length:
+            grouped = self.attention.group > 1
+            causal = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
+            return causal, "sdpa"
+        return blockwise_attention(query, keys, values, scaling, **options), "blockwise"
 
-    def _add_mass(self, query: torch.Tensor, scaling: float) -> None:
-        """A second pass over a prompt's scores, since torch's kernel does not say what each key received."""
+    def _add_mass(self, query: torch.Tensor, scaling: float, asking: torch.Tensor | None, options: dict) -> None:
+        """Adds what each key received: a second pass over the scores, so that the output is the same without it."""
         batch, num_q_heads, num_queries, head_dim = query.shape
-        mass = column_mass(query, self.store.keys, scaling)
+        mass = column_mass(query, self.store.keys, scaling, asking=asking, **options)
         self.store.mass.add_(mass.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2))
         flops = column_mass_flops(batch, num_q_heads, num_queries, self.store.length, head_dim)
         self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * self.store.mass.nbytes)

@@ -7,6 +7,7 @@ methods, and plain `generate()`, may take turns on one model.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -22,14 +23,18 @@ from workbench.engine.call import Call
 from workbench.engine.setup import Method, Setup
 from workbench.errors import UserError
 from workbench.models.anatomy import accepts_logits_to_keep
+from workbench.probes.attention import attention_configs
 from workbench.probes.environment import environment
 from workbench.probes.importance import check_mode, importance_rows
-from workbench.probes.moe import RoutingProbe, routing_rows
+from workbench.probes.moe import Choice, RoutingProbe, routing_rows
 from workbench.trace.store import TraceWriter
 from workbench.trace.trace import Trace
 
 if TYPE_CHECKING:
     from workbench.models.load import LM
+
+_STEPS_HELD = 64
+"""Steps whose expert choices may wait on the device before they are fetched in one go."""
 
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor
 
@@ -80,8 +85,12 @@ class Session:
         self._call = Call(TraceWriter(meta, Path(out) if out is not None else None), step=-1, importance=importance)
         self._cache = engine_cache(lm.anatomy, self.setup.cache, self._call)
         self._routing = RoutingProbe(lm.model)
+        self._choices: list[tuple[int, list[Choice]]] = []
+        self._configs = attention_configs(lm.model)
+        self._device, self._pad = lm.device, lm.pad_token
         self._tokens: list[list[int]] = []
         self._logits: torch.Tensor | None = None
+        self._interrupted = False
         self._forward_options = {"logits_to_keep": 1} if accepts_logits_to_keep(lm.model) else {}
 
     @property
@@ -99,6 +108,7 @@ class Session:
     @property
     def trace(self) -> Trace:
         """What was recorded so far."""
+        self._resolve()
         writer = self._call.writer
         return Trace({**writer.meta, "complete": True}, writer.tables())
 
@@ -188,36 +198,39 @@ class Session:
         other._call.writer = TraceWriter(meta)
         other._call.seen = list(self._call.seen)
         other._cache = type(self._cache)(layers=[layer.clone(other._call) for layer in self._cache.layers])
-        other._routing = RoutingProbe(self.lm.model)
+        other._routing, other._choices = RoutingProbe(self.lm.model), []
         other._tokens = self.tokens
         return other
 
     def close(self) -> None:
         """Ends the trace on disk, if the session writes one."""
+        self._resolve()
         self._call.writer.close()
 
     @torch.no_grad()
     def _forward(self, rows: list[list[int]], phase: str) -> torch.Tensor:
         """One forward call of the model over `rows`, padded on the left to one length."""
+        if self._interrupted:
+            raise UserError("An earlier call of this session did not finish, so its cache is incomplete; start a new Session.")
+        self._interrupted = True
         call = self._call
+        device = self._device
         length = max(map(len, rows))
         padding = [length - len(row) for row in rows]
         past = [len(row) for row in self._tokens]
-        device = self.lm.device
-        pad = self.lm.pad_token
-        ids = torch.tensor([[pad] * missing + row for missing, row in zip(padding, rows, strict=True)], device=device)
-        start = torch.tensor([seen - missing for seen, missing in zip(past, padding, strict=True)], device=device)
-        positions = start[:, None] + torch.arange(length, device=device)
+        starts = [seen - missing for seen, missing in zip(past, padding, strict=True)]
+        ids = torch.tensor([[self._pad] * missing + row for missing, row in zip(padding, rows, strict=True)], device=device)
+        positions = torch.tensor([list(range(start, start + length)) for start in starts], dtype=torch.int32, device=device)
         call.step += 1
         call.phase = phase
         call.has_padding = any(padding)
-        call.positions = positions.clamp(min=-1)
+        call.positions = positions.clamp_(min=-1) if call.has_padding else positions
         call.seen = [seen + len(row) for seen, row in zip(past, rows, strict=True)]
         with self._attached():
             started = time.perf_counter_ns()
             out = self.lm.model(
                 input_ids=ids,
-                position_ids=positions.clamp(min=0),
+                position_ids=positions.clamp(min=0) if call.has_padding else positions,
                 past_key_values=self._cache,
                 use_cache=True,
                 **self._forward_options,
@@ -230,11 +243,12 @@ class Session:
         for known, row in zip(self._tokens, rows, strict=True):
             known += row
         self._logits = logits
+        self._interrupted = False
         return logits
 
     @contextmanager
     def _attached(self):
-        with engine_attention(self.lm.model):
+        with engine_attention(self._configs):
             self._routing.attach()
             try:
                 yield
@@ -246,37 +260,44 @@ class Session:
         add = call.writer.add
         batch, length = call.positions.shape
         context = max(call.seen)
-        label = self.setup.label
-        add(
-            "steps",
-            call.step,
-            call.phase,
-            batch,
-            batch * length,
-            context,
-            batch * logits_length,
-            started,
-            duration,
-            None,
-            label,
-        )
-        for row in routing_rows(call.step, self._routing.take()):
-            add("routing", *row)
+        tokens, logits = batch * length, batch * logits_length
+        timing = (started, duration, None)
+        add("steps", call.step, call.phase, batch, tokens, context, logits, *timing, call.writer.meta["setup"])
+        self._choices.append((call.step, self._routing.take()))
         for layer, mass, window in call.masses:
-            for row in importance_rows(call.step, layer, mass, window):
-                add("importance", *row)
+            call.writer.extend("importance", importance_rows(call.step, layer, mass, window))
         call.masses.clear()
-        scores = self._logits.log_softmax(-1) if self._logits is not None else None
-        entropy = -(scores.exp() * scores).sum(-1) if scores is not None else None
+        self._record_tokens(rows)
+        if len(self._choices) >= _STEPS_HELD or call.phase == "prefill":
+            self._resolve()
+            call.writer.flush(everything=call.writer.directory is not None)
+
+    def _resolve(self) -> None:
+        """Turns the expert choices that wait on the device into rows."""
+        choices, self._choices = self._choices, []
+        self._call.writer.extend("routing", routing_rows(choices))
+
+    def _record_tokens(self, rows: list[list[int]]) -> None:
+        """Writes the new tokens. How likely the first of them was follows from the logits before this call."""
+        call = self._call
+        text = self.lm.token_text
+        known: list[tuple[float | None, float | None]] = [(None, None)] * len(rows)
+        if self._logits is not None:
+            scores = self._logits.log_softmax(-1)
+            entropies = -(scores.exp() * scores).sum(-1)
+            logprobs = scores.gather(1, torch.tensor([row[:1] for row in rows], device=scores.device)).flatten()
+            known = list(zip(logprobs.tolist(), entropies.tolist(), strict=True))
         for number, (ids, seen) in enumerate(zip(rows, call.seen, strict=True)):
-            for offset, token in enumerate(ids):
-                known = scores is not None and offset == 0
-                logprob = scores[number, token].item() if known else None
-                uncertainty = entropy[number].item() if known else None
-                position = seen - len(ids) + offset
-                text = self.lm.tokenizer.decode([token])
-                add("tokens", call.step, number, position, token, text, logprob, uncertainty, call.phase)
-        call.writer.flush()
+            first = seen - len(ids)
+            unknown = ((None, None) for _ in ids[1:])
+            likely = itertools.chain([known[number]], unknown)
+            call.writer.extend(
+                "tokens",
+                (
+                    (call.step, number, position, token, text(token), *pair, call.phase)
+                    for position, (token, pair) in enumerate(zip(ids, likely, strict=True), first)
+                ),
+            )
 
     def _encode(self, prompt: Prompt, special_tokens: bool) -> list[list[int]]:
         """Token ids of each row. Raises UserError for an empty prompt."""

@@ -84,7 +84,14 @@ def compare(lm: LM, workload: Workload, setups: Iterable[Given], *, on_progress:
         rows.append(_row(setup, samples))
         traces[setup.label] = samples[0].trace
     settings = {option.name: getattr(workload, option.name) for option in dataclasses.fields(workload)}
-    about = {"model": lm.name, "workload": workload.name, "settings": settings, "environment": environment()}
+    about = {
+        "model": lm.name,
+        "workload": workload.name,
+        "settings": settings,
+        "layers": lm.anatomy.num_layers,
+        "sliding_layers": lm.anatomy.num_layers - len(_may_evict(lm)),
+        "environment": environment(),
+    }
     return Comparison(about, tuple(rows), traces)
 
 
@@ -153,7 +160,7 @@ def _lead(session: Session, prompt: tuple[int, ...], tokens: tuple[int, ...]) ->
 
 def _check_fired(lm: LM, setup: Setup, trace: Trace, prompt_tokens: int) -> Fired:
     """What the cache method did. Raises MethodDidNotFire if it left undone what it had to do."""
-    may_evict = [layer.index for layer in lm.anatomy.layers if layer.attention.window is None]
+    may_evict = _may_evict(lm)
     done = fired(trace, may_evict)
     capacity = setup.cache.capacity(prompt_tokens) if setup.cache else None
     if capacity is None or capacity >= prompt_tokens:
@@ -169,6 +176,11 @@ def _check_fired(lm: LM, setup: Setup, trace: Trace, prompt_tokens: int) -> Fire
             f"{done.steps} of {done.due_steps} steps where the cache held more than its budget of {capacity} tokens."
         )
     return done
+
+
+def _may_evict(lm: LM) -> list[int]:
+    """The layers a cache method may act on: those without a sliding window."""
+    return [layer.index for layer in lm.anatomy.layers if layer.attention.window is None]
 
 
 def _row(setup: Setup, samples: list[_Sample]) -> Row:

@@ -91,6 +91,13 @@ def describe(cls: type[Method]) -> dict[str, Any]:
     }
 
 
+def markdown_table() -> str:
+    """All registered methods as the table the README shows."""
+    rows = [("method", "slot", "what it does", "paper"), ("---",) * 4]
+    rows += [(f"`{cls.name}`", cls.slot, cls.summary(), cls.paper) for cls in METHODS.values()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def parse_method(text: str) -> Method:
     """Reads `name:knob=value,knob=value`. Raises UserError for an unknown method or knob, or a value out of range."""
     name, _, listed = text.strip().partition(":")

@@ -63,7 +63,7 @@ end (`workbench/texts/recall.py`); random token segments repeated among prose (c
 ## Recipe
 
 `python -m workbench.models.train {recipe["model"]} --out DIR`, seed {recipe["seed"]}, about {log[-1]["step"]} steps of some
-{recipe["tokens_a_step"]:,} tokens, {log[-1]["seconds"] / 60:.0f} minutes on two CPU cores. AdamW, peak learning rate 2e-3
+{recipe["tokens_a_step"]:,} tokens, {log[-1]["seconds"] / 60:.0f} minutes on two busy CPU cores. AdamW, peak learning rate 2e-3
 after 100 warm-up steps,
 cosine decay over the last stage, weight decay 0.05, betas 0.9 and 0.98, gradient norm clipped at 1. Each task has its own
 mean loss; the losses are added. A stage ends at its goal:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,11 @@ class LM:
         """The id that fills up short rows of a batch; any will do, as padding is never attended to."""
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else 0
+
+    @cached_property
+    def token_text(self) -> Callable[[int], str]:
+        """The text of one token id, decoded once."""
+        return functools.cache(lambda token: self.tokenizer.decode([token]))
 
     def encode(self, text: str | list[str]) -> dict[str, torch.Tensor]:
         """Tensors for the model's forward or generate, batches padded on the left."""

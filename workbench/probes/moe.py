@@ -1,31 +1,33 @@
 """Expert routing, seen at the module that holds the experts, whatever the model's gate returns.
 
 The module is called with the chosen experts and their weights, so a pre-forward hook sees the routing of any model
-whose experts are stacked in one module. Counts stay on the device until they are asked for.
+whose experts are stacked in one module. The hook keeps the two tensors and nothing else; they are fetched and counted
+in bulk later, with no device sync while the model runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from workbench.models.anatomy import expert_modules
 
-Counts = tuple[int, torch.Tensor, torch.Tensor]
-"""Layer, tokens by expert `[E]`, and sum of routing weights by expert `[E]`."""
+Choice = tuple[int, int, torch.Tensor, torch.Tensor]
+"""Layer, number of experts, chosen experts `[tokens, k]` and their weights `[tokens, k]`."""
 
 
 class RoutingProbe:
-    """Hooks every experts module and keeps the counts of each call until `take`."""
+    """Hooks every experts module and keeps the choices of each call until `take`."""
 
     def __init__(self, model: nn.Module):
         self._modules = expert_modules(model)
         self._handles: list[RemovableHandle] = []
-        self._seen: list[Counts] = []
+        self._seen: list[Choice] = []
 
     def attach(self) -> None:
         """Starts to observe."""
@@ -39,15 +41,16 @@ class RoutingProbe:
             handle.remove()
         self._handles.clear()
 
-    def take(self) -> list[Counts]:
-        """The counts since the last call."""
+    def take(self) -> list[Choice]:
+        """The choices since the last call."""
         seen, self._seen = self._seen, []
         return seen
 
     def _observer(self, layer: int) -> Callable[[nn.Module, tuple, dict], None]:
+        num_experts = self._modules[layer].down_proj.shape[0]
+
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            index, weights = chosen_experts(args, kwargs)
-            self._seen.append((layer, *count(index, weights, module.down_proj.shape[0])))
+            self._seen.append((layer, num_experts, *chosen_experts(args, kwargs)))
 
         return observe
 
@@ -62,18 +65,22 @@ def chosen_experts(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, t
     return index, weights
 
 
-def count(index: torch.Tensor, weights: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and weight sums by expert, with no device sync. An index of `num_experts` means: dropped."""
-    flat = index.reshape(-1).long()
-    tokens = torch.zeros(num_experts + 1, dtype=torch.int64, device=index.device)
-    tokens.scatter_add_(0, flat, torch.ones_like(flat))
-    sums = torch.zeros(num_experts + 1, dtype=torch.float32, device=index.device)
-    sums.scatter_add_(0, flat, weights.reshape(-1).float())
-    return tokens[:-1], sums[:-1]
+def routing_rows(steps: list[tuple[int, list[Choice]]]) -> Iterator[tuple]:
+    """Rows of the routing table for several steps, their tensors fetched in one go.
 
-
-def routing_rows(step: int, seen: list[Counts]):
-    """Rows of the routing table for what was seen in a step."""
-    for layer, tokens, sums in seen:
+    A chosen expert equal to the number of experts means that the token was dropped there; it is not counted.
+    """
+    choices = [(step, *choice) for step, seen in steps for choice in seen]
+    if not choices:
+        return
+    experts = torch.cat([index.reshape(-1) for *_, index, _ in choices]).cpu().numpy()
+    weights = torch.cat([weight.reshape(-1).float() for *_, weight in choices]).cpu().numpy()
+    start = 0
+    for step, layer, num_experts, index, _ in choices:
+        stop = start + index.numel()
+        chosen, given = experts[start:stop], weights[start:stop]
+        tokens = np.bincount(chosen, minlength=num_experts)[:num_experts]
+        sums = np.bincount(chosen, weights=given, minlength=num_experts)[:num_experts]
         for expert, (num_tokens, weight_sum) in enumerate(zip(tokens.tolist(), sums.tolist(), strict=True)):
             yield step, layer, expert, num_tokens, weight_sum
+        start = stop

@@ -167,6 +167,7 @@ class Profile:
         pending, self._pending = self._pending, []
         for step in pending:
             self._write(step)
+        self._writer.extend("routing", routing_rows([(step.number, step.routing) for step in pending]))
         self._writer.flush(everything=self._writer.directory is not None)
 
     def _write(self, step: _Step) -> None:
@@ -195,11 +196,8 @@ class Profile:
             a_token = attention.num_kv_heads * (attention.head_dim + attention.value_dim) * self.anatomy.element_bytes
             nominal = step.batch * context * a_token
             add("cache", step.number, layer, "append", tokens, held, physical_bytes, nominal, 0, 0)
-        for row in routing_rows(step.number, step.routing):
-            add("routing", *row)
         for layer, mass, window in step.importance:
-            for row in importance_rows(step.number, layer, mass, window):
-                add("importance", *row)
+            self._writer.extend("importance", importance_rows(step.number, layer, mass, window))
         self._write_tokens(step, phase)
 
     def _write_tokens(self, step: _Step, phase: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ class TraceWriter:
         self.meta = {"format_version": FORMAT_VERSION, "complete": False, **meta}
         self.rows: dict[str, list[tuple]] = {name: [] for name in TABLES}
         self.directory = directory
-        self.num_rows = 0
         self._parts = 0
         self._written: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
         if directory is not None:
@@ -42,13 +42,16 @@ class TraceWriter:
         """Appends one row, its values in the order of the table's schema."""
         self.rows[table].append(row)
 
+    def extend(self, table: str, rows: Iterable[tuple]) -> None:
+        """Appends several rows."""
+        self.rows[table].extend(rows)
+
     def flush(self, everything: bool = False) -> None:
         """Writes the tables that have grown large, or all of them."""
         for name, rows in self.rows.items():
             if not rows or (len(rows) < ROWS_A_PART and not everything):
                 continue
             table = to_arrow(name, rows)
-            self.num_rows += len(rows)
             if self.directory is None:
                 self._written[name].append(table)
             else:

@@ -23,6 +23,8 @@ class RectangularStore:
         self._buffers: dict[str, torch.Tensor] = {}
         self.length = 0
         self.has_empty_slots = False
+        self.nbytes = 0
+        """Bytes allocated, slots held in reserve and side state included."""
 
     @property
     def keys(self) -> torch.Tensor:
@@ -49,11 +51,6 @@ class RectangularStore:
         """`[B, H, N]` bool, or None where no slot is empty."""
         return self.positions >= 0 if self.has_empty_slots else None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, slots held in reserve and side state included."""
-        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
-
     def held_tokens(self) -> int:
         """Tokens held, over all rows and kv heads."""
         return int((self.positions >= 0).sum()) if self.has_empty_slots else self.positions.numel()
@@ -65,18 +62,15 @@ class RectangularStore:
         return (self.positions >= 0).sum(-1).amax(1).tolist()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, has_padding: bool) -> None:
-        """Adds the tokens of a call. `positions` is `[B, Q]`, -1 for padding."""
-        new = {
-            "keys": keys,
-            "values": values,
-            "positions": positions[:, None].expand(keys.shape[:3]).to(torch.int32),
-        }
+        """Adds the tokens of a call. `positions` is `[B, Q]` int32, -1 for padding."""
+        new = {"keys": keys, "values": values, "positions": positions[:, None].expand(keys.shape[:3])}
         if self._with_mass:
             new["mass"] = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
         end = self.length + keys.shape[2]
         if not self._buffers:
             # The prompt stays where the model made it: an evicting method replaces it at once.
             self._buffers = {name: tensor.contiguous() for name, tensor in new.items()}
+            self._weigh()
         else:
             self._reserve(end)
             for name, tensor in new.items():
@@ -105,6 +99,7 @@ class RectangularStore:
                 moved[:, :, :num_slots] = buffer[:, :, start : self.length]
                 self._buffers[name] = moved
             self.length = num_slots
+            self._weigh()
 
     def clone(self) -> RectangularStore:
         """An independent copy."""
@@ -136,6 +131,7 @@ class RectangularStore:
             kept[:, :, :length] = buffer[:, :, : self.length].gather(2, index)
             self._buffers[name] = kept
             moved += 2 * kept[:, :, :length].nbytes
+        self._weigh()
         empty = torch.arange(length, device=mask.device) < (length - counts).unsqueeze(-1)
         self._buffers["positions"][:, :, :length].masked_fill_(empty, -1)
         return moved
@@ -148,6 +144,10 @@ class RectangularStore:
             grown = buffer.new_empty(*buffer.shape[:2], room, *buffer.shape[3:])
             grown[:, :, : self.length] = buffer[:, :, : self.length]
             self._buffers[name] = grown
+        self._weigh()
+
+    def _weigh(self) -> None:
+        self.nbytes = sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
 
 
 def _slack(length: int) -> int:
