@@ -36,7 +36,7 @@ lint: setup
 	$(BIN)/pyright
 
 dashboard: $(VENV)/.dashboard
-	$(BIN)/streamlit run apps/dashboard.py --server.address=127.0.0.1
+	$(BIN)/streamlit run apps/dashboard.py --server.address=127.0.0.1 --browser.gatherUsageStats=false
 
 lab: $(VENV)/.notebook
 	$(BIN)/jupyter lab notebooks

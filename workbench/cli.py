@@ -243,9 +243,8 @@ def _print_comparison(comparison: Comparison) -> None:
     from workbench.plots.theme import human_bytes
 
     about = comparison.about
-    settings = ", ".join(f"{name} {value}" for name, value in about["settings"].items())
-    _out.print(f"[bold]{about['workload']} on {about['model']}[/bold] ({settings})", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    _out.print(f"[bold]{about['workload']} on {about['model']}[/bold] ({comparison.settings})", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column("setup", no_wrap=True)
     for name in ("score", "KL", "KV held", "TTFT", "TPOT", "fired"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -255,9 +254,9 @@ def _print_comparison(comparison: Comparison) -> None:
         size = human_bytes(row.kv_physical_bytes)
         table.add_row(row.setup, f"{row.score:.3f}", f"{row.kl_to_dense:.3f}", size, *times, fired)
     _out.print(table)
-    _out.print(
-        "KL to dense in nats a token; times in ms; fired: layers and steps where the method acted, of those due.", style="dim"
-    )
+    _out.print("KL to dense: nats a token. TTFT, TPOT: ms. Fired: layers and steps acted on, of those due.", style="dim")
+    if about["sliding_layers"]:
+        _out.print(f"{about['sliding_layers']} sliding-window layers were left alone.", style="dim")
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str | None:

@@ -19,13 +19,18 @@ from workbench.trace.trace import Trace
 _STYLE = """
 body{font:15px/1.5 Inter,Helvetica,Arial,sans-serif;color:#1b1b1b;max-width:1400px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.2rem;margin-top:2.2rem} .sub{color:#666;margin-top:0}
-table{border-collapse:collapse;font-size:13px} .wide{overflow-x:auto}
-td,th{padding:.35rem .5rem;text-align:right;border-bottom:1px solid #e4e4e4;white-space:nowrap}
-th{font-weight:600} td:first-child,th:first-child{text-align:left} tr.group th{color:#666;text-align:center;border:0}
 .tokens{font:12.5px/1.75 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;word-break:break-word;
 border:1px solid #e4e4e4;border-radius:6px;padding:.7rem;max-height:22rem;overflow-y:auto}
 .tokens span{border-radius:2px} .note{color:#666;font-size:13px}
 """
+
+_TABLE_STYLE = """
+.wb-table{overflow-x:auto} .wb-table table{border-collapse:collapse;font-size:13px}
+.wb-table td,.wb-table th{padding:.35rem .5rem;text-align:right;border-bottom:1px solid #8884;white-space:nowrap}
+.wb-table td:first-child,.wb-table th:first-child{text-align:left}
+.wb-table tr.group th{opacity:.6;text-align:center;border:0}
+"""
+"""Travels with the table, which is shown in reports, notebooks and dashboards, light and dark."""
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("measured", "score", "score"),
@@ -62,19 +67,19 @@ def write_report(comparison: Comparison, path: Path) -> Path:
 def report_html(comparison: Comparison) -> str:
     """The whole page."""
     about = comparison.about
-    settings = ", ".join(f"{name} {value}" for name, value in about["settings"].items())
     title = f"{about['workload']} on {about['model']}"
     kept = "".join(_kept(label, trace) for label, trace in comparison.traces.items() if trace.arrow("evictions").num_rows)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Workbench: {html.escape(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>
 <h1>{html.escape(title)}</h1>
-<p class="sub">{html.escape(settings)} &middot; {html.escape(_ran_on(about["environment"]))}</p>
+<p class="sub">{html.escape(comparison.settings)} &middot; {html.escape(_ran_on(about["environment"]))}</p>
 <h2>Quality beside cost</h2>
 {table_html(comparison)}
 <p class="note">KL: KL(dense || setup) in nats a token; top-1: share of tokens where the likeliest is the dense run's.
 Fired: the layers and steps where the method acted, of those where it had to. Times are medians. KV held: memory allocated
-for the cache at the end of a sample, spare room and the method's own state included. FLOPs and bytes are of one sample,
+for the cache at the end of a sample, spare room and the method's own state included. Peak memory: of the process on a CPU, of
+allocated tensors on a GPU. FLOPs and bytes are of one sample,
 over the prefill or everything after it; FLOPs count matrix products, a multiply-add as 2, causal attention as T x T; bytes
 follow the fused model.</p>
 {_left_alone(about)}
@@ -103,10 +108,9 @@ def table_html(comparison: Comparison) -> str:
         + "</tr>"
         for row in comparison.rows
     )
-    return (
-        f'<div class="wide"><table><thead><tr class="group"><th></th>{head}</tr><tr><th>setup</th>{names}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    groups_row = f'<tr class="group"><th></th>{head}</tr>'
+    table = f"<table><thead>{groups_row}<tr><th>setup</th>{names}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<style>{_TABLE_STYLE}</style><div class="wb-table">{table}</div>'
 
 
 def cell(row: Row, column: str) -> str:

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.errors import UserError
-from workbench.plots.theme import SYMBOLS, method_colours, method_of, style
+from workbench.plots.theme import method_colours, method_of, method_symbol, style
 from workbench.trace.comparison import Comparison
 
 _LOWER_IS_BETTER = {"nll", "kl_to_dense"}
@@ -21,7 +21,7 @@ def pareto(comparison: Comparison, x: str = "kv_physical_bytes", y: str = "score
             raise UserError(f"Cannot draw {column!r}; columns with numbers here are {', '.join(numeric)}.")
     colours = method_colours(list(table["setup"]))
     figure = go.Figure()
-    for number, (method, rows) in enumerate(table.groupby(table["setup"].map(method_of), sort=False)):
+    for method, rows in table.groupby(table["setup"].map(method_of), sort=False):
         rows = rows.sort_values(x)
         figure.add_scatter(
             x=rows[x],
@@ -29,7 +29,7 @@ def pareto(comparison: Comparison, x: str = "kv_physical_bytes", y: str = "score
             mode="lines+markers",
             name=method,
             line={"dash": "dot", "width": 1, "color": colours[rows["setup"].iloc[0]]},
-            marker={"size": 12, "symbol": SYMBOLS[number % len(SYMBOLS)]},
+            marker={"size": 12, "symbol": method_symbol(str(method))},
             customdata=rows[["setup", "fired"]],
             hovertemplate=f"%{{customdata[0]}}<br>{x} %{{x:,}}<br>{y} %{{y:.3f}}<br>%{{customdata[1]}}<extra></extra>",
         )

@@ -34,13 +34,24 @@ def method_of(label: str) -> str:
 
 def method_colours(labels: list[str]) -> dict[str, str]:
     """A colour for each setup label; setups of one method share theirs, and dense is grey in every figure."""
+    places = _places(labels)
+    names = {label: method_of(label) for label in labels}
+    return {label: PALETTE[places[name] % len(PALETTE)] if name in places else DENSE_COLOUR for label, name in names.items()}
+
+
+def method_symbol(method: str) -> str:
+    """A marker symbol for a method, the same in every figure."""
+    place = _places([method]).get(method, -1)
+    return SYMBOLS[(place + 1) % len(SYMBOLS)]
+
+
+def _places(labels: list[str]) -> dict[str, int]:
+    """The place of each method but dense: registered ones first, in the registry's order, then the others."""
     from workbench.methods import METHODS
 
-    known = [name for name in METHODS if name != "dense"]
-    names = [method_of(label) for label in labels]
-    order = known + [name for name in dict.fromkeys(names) if name not in known and name != "dense"]
-    colours = {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(order)}
-    return {label: colours.get(name, DENSE_COLOUR) for label, name in zip(labels, names, strict=True)}
+    names = dict.fromkeys([*METHODS, *map(method_of, labels)])
+    names.pop("dense", None)
+    return {name: number for number, name in enumerate(names)}
 
 
 def human_bytes(count: float) -> str:

@@ -74,6 +74,12 @@ class Comparison:
         """One row a setup."""
         return pd.DataFrame([{**asdict(row), "fired": row.fired} for row in self.rows])
 
+    @property
+    def settings(self) -> str:
+        """The workload's settings in words, those that are switched off left out."""
+        given = self.about["settings"].items()
+        return ", ".join(name if value is True else f"{name} {value}" for name, value in given if value is not False)
+
     def pareto(self, x: str = "kv_physical_bytes", y: str = "score") -> go.Figure:
         """Quality against cost, one point a setup."""
         from workbench.plots.pareto import pareto
