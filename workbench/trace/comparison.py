@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,8 @@ class Comparison:
         """Writes `comparison.json` and the traces into a directory and returns it."""
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
+        if (directory / _FILE).exists():
+            shutil.rmtree(directory / "traces", ignore_errors=True)
         names = {label: f"{number:02d}-{_file_name(label)}.trace" for number, label in enumerate(self.traces)}
         for label, trace in self.traces.items():
             trace.save(directory / "traces" / names[label])
