@@ -37,6 +37,13 @@ def test_whole_llama_by_hand():
     assert causal["attention.scores"] == 3 * 2 * (10 * 11 // 2) * 4 * (8 + 8)
 
 
+def counted_flops(counter: FlopCounterMode) -> int:
+    """What torch counted. Older transformers make rotary angles by a matrix product, which is left out on both sides."""
+    by_module = counter.get_flop_counts()
+    rotary = sum(sum(ops.values()) for module, ops in by_module.items() if module.endswith("rotary_emb"))
+    return counter.get_total_flops() - rotary
+
+
 @pytest.mark.parametrize("name", RANDOM_MODELS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_equals_flop_counter(name, batch):
@@ -50,7 +57,7 @@ def test_equals_flop_counter(name, batch):
             with counter:
                 out = model(ids(length, batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
-            counted.append(counter.get_total_flops())
+            counted.append(counted_flops(counter))
     by_step = prof.trace.flops(by="step").set_index("step")["flops"]
     assert by_step.tolist() == counted
     assert list(prof.trace.table("steps")["phase"]) == ["prefill", "decode", "decode", "append"]
@@ -64,7 +71,7 @@ def test_equals_flop_counter_through_generate_with_padding():
     counter = FlopCounterMode(display=False)
     with wb.profile(model) as prof, counter:
         model.generate(prompts, attention_mask=mask, max_new_tokens=6, do_sample=False)
-    assert prof.trace.flops() == counter.get_total_flops()
+    assert prof.trace.flops() == counted_flops(counter)
     attention = prof.trace.table("attention").query("step == 0 and layer == 0")
     # Row 0 sees 13 tokens causally, and its 7 padding rows see what eager's mask leaves them; row 1 sees all 20.
     assert attention["pairs"].item() >= 13 * 14 // 2 + 20 * 21 // 2

@@ -108,7 +108,7 @@ def test_report_is_one_offline_file(comparison, tmp_path):
     path = comparison.report(tmp_path / "sub" / "report.html")
     page = path.read_text()
     body = page[page.index("</script>") :]  # Plotly's own source names addresses it does not fetch
-    assert "https://" not in body and "<link" not in page and 'src="http' not in page
+    assert "https://" not in body and "<link" not in body and 'src="http' not in body
     for row in comparison.rows:
         assert row.setup in body and row.fired in body
     assert body.count('class="plotly-graph-div"') == 3 + 2  # two trade-offs, bytes over time, two maps

@@ -7,13 +7,16 @@ to safetensors in the user's cache directory. The weights come under the Gemma t
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from platformdirs import user_cache_path
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from workbench.errors import UserError
 
@@ -36,6 +39,13 @@ def directory() -> Path:
     return target
 
 
+def tokenizer(source: Path) -> PreTrainedTokenizerFast:
+    """The converted tokenizer. `AutoTokenizer` would read its 33 MB of JSON several times over; this reads it once."""
+    special = json.loads((source / "tokenizer_config.json").read_text())
+    tokens = {name: special[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"), **tokens)
+
+
 def cache_directory() -> Path:
     """Where converted models lie: WORKBENCH_CACHE, or the platform's cache directory."""
     given = os.environ.get("WORKBENCH_CACHE")
@@ -53,15 +63,11 @@ def _convert(target: Path) -> None:
 
     A model loaded from GGUF refuses to be saved, so its weights are copied into a fresh model of the same config.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     print(f"Converting {NAME} to safetensors; this happens once and takes about a minute.", file=sys.stderr)
     source = Path(importlib.import_module(PACKAGE).assemble())
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     fresh = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
     fresh.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)

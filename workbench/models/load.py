@@ -111,7 +111,10 @@ def load(
     try:
         with _no_loading_bar():
             options["local_files_only"] = _is_here(place)
-            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            if name == gemma.NAME:
+                tokenizer = gemma.tokenizer(Path(place))
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(place, **options)
             model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(_why_not(name, error)) from None
