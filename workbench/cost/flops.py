@@ -1,8 +1,8 @@
 """FLOPs of matrix products, computed from a trace's counts and the model's anatomy.
 
-One multiply-add is 2 FLOPs. Norms, activations and softmax are not counted, as in torch's own counter;
-nor are rotary angles, which older transformers made by a small matrix product. Two conventions: `full` counts every query against every key that is read, as an unmasked kernel and torch's
-counter do; `causal` counts the pairs the mask lets through.
+One multiply-add is 2 FLOPs. Norms, activations and softmax are not counted, as in torch's own counter; nor are rotary
+angles, which older transformers made by a small matrix product. Two conventions: `full` counts every query against
+every key that is read, as an unmasked kernel and torch's counter do; `causal` counts the pairs the mask lets through.
 """
 
 from __future__ import annotations

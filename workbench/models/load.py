@@ -111,10 +111,8 @@ def load(
     try:
         with _no_loading_bar():
             options["local_files_only"] = _is_here(place)
-            if name == gemma.NAME:
-                tokenizer = gemma.tokenizer(Path(place))
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            ours = name == gemma.NAME
+            tokenizer = gemma.tokenizer(Path(place)) if ours else AutoTokenizer.from_pretrained(place, **options)
             model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(_why_not(name, error)) from None
