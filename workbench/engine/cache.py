@@ -7,6 +7,7 @@ returns the layer itself in place of the keys, and the one attention function (`
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ class EngineLayer(CacheLayerMixin):
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
-        **ignored,
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attention of the new queries `[B, Hq, Q, D]` over what is held, then the policy's decision.
 

@@ -20,6 +20,7 @@ import torch
 from workbench.engine.attention import engine_attention
 from workbench.engine.cache import engine_cache
 from workbench.engine.call import Call
+from workbench.engine.check import check_engine
 from workbench.engine.setup import Method, Setup
 from workbench.errors import UserError
 from workbench.models.anatomy import accepts_logits_to_keep
@@ -75,6 +76,7 @@ class Session:
         """
         self.lm = lm
         self.setup = Setup.of(setup)
+        check_engine(lm.model, lm.anatomy)
         meta = {
             "anatomy": lm.anatomy.to_dict(),
             "setup": self.setup.label,
