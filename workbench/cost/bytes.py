@@ -81,7 +81,7 @@ def fused_attention_bytes(batch, q_len, kv_read, attention: Attention, element_b
 def cache_append_bytes(batch, q_len, kv_held, attention: Attention, element_bytes: int, model: str):
     """Writing new K and V: eager concatenates (all in, all out), a fused kernel reads and writes the new rows."""
     rows = kv_held if model == "eager" else q_len
-    return 2 * element_bytes * batch * rows * attention.num_kv_heads * (attention.head_dim + attention.value_dim)
+    return 2 * element_bytes * batch * rows * attention.cached_elements
 
 
 def bytes_rows(trace: Trace, model: str = "fused") -> pd.DataFrame:
@@ -124,8 +124,12 @@ def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, anatomy:
     parts = [_rows(steps, layer.index, "norm", sum(norm_bytes(tokens, norm, size) for norm in layer.norms))]
     for component in dict.fromkeys(linear.component for linear in layer.linears):
         linears = [linear for linear in layer.linears if linear.component == component]
-        moved = sum(linear_bytes(tokens, linear, size) for linear in linears)
+        moved = sum(linear_bytes(tokens, linear, size) for linear in linears if not linear.per_key)
         parts.append(_rows(steps, layer.index, component, moved))
+        expanded = [linear for linear in linears if linear.per_key]
+        if expanded:
+            moved = sum(linear_bytes(calls["batch"] * calls["kv_read"], linear, size) for linear in expanded)
+            parts.append(_rows(calls, layer.index, component, moved))
     if len(calls):
         read = eager_attention_bytes if model == "eager" else fused_attention_bytes
         moved = read(calls["batch"], calls["q_len"], calls["kv_read"], layer.attention, size)

@@ -32,6 +32,7 @@ COMPONENTS = (
     "lm_head",
     "cache",
     "method",
+    "unattributed",
 )
 GROUPS = ("phase", "component", "step", "layer", "setup")
 
@@ -55,14 +56,21 @@ def flops_rows(trace: Trace, convention: str = "full") -> pd.DataFrame:
     attention = trace.table("attention")
     parts = [_rows(steps, -1, "lm_head", linear_flops(steps["logits"], anatomy.lm_head))]
     for layer in anatomy.layers:
-        for component in dict.fromkeys(linear.component for linear in layer.linears):
-            total = sum(linear_flops(1, linear) for linear in layer.linears if linear.component == component)
-            parts.append(_rows(steps, layer.index, component, total * steps["tokens"]))
         of_layer = attention[attention["layer"] == layer.index]
+        keys = of_layer["batch"] * of_layer["kv_read"]
+        for component in dict.fromkeys(linear.component for linear in layer.linears):
+            linears = [linear for linear in layer.linears if linear.component == component]
+            a_token = sum(linear_flops(1, linear) for linear in linears if not linear.per_key)
+            a_key = sum(linear_flops(1, linear) for linear in linears if linear.per_key)
+            parts.append(_rows(steps, layer.index, component, a_token * steps["tokens"]))
+            if a_key:
+                parts.append(_rows(of_layer, layer.index, component, a_key * keys))
         full = of_layer["batch"] * of_layer["q_len"] * of_layer["kv_read"]
         pairs = full if convention == "full" else of_layer["pairs"]
         parts.append(_rows(of_layer, layer.index, "attention.scores", attention_flops(pairs, layer.attention)))
     parts += _expert_rows(trace)
+    unattributed = trace.table("unattributed")
+    parts.append(_rows(unattributed, -1, "unattributed", unattributed["flops"]))
     cache = trace.table("cache")
     scored = cache[cache["extra_flops"] > 0]
     parts.append(_rows(scored, scored["layer"], "method", scored["extra_flops"]))

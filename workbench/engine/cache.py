@@ -186,8 +186,7 @@ class EngineLayer(CacheLayerMixin):
             tokens = [min(seen, limit) for seen, limit in zip(tokens, self.call.capacity, strict=True)]
         if self.attention.window is not None:
             tokens = [min(seen, self.attention.window - 1) for seen in tokens]
-        a_token = self.attention.num_kv_heads * (self.attention.head_dim + self.attention.value_dim)
-        return sum(tokens) * a_token * self.store.keys.element_size()
+        return sum(tokens) * self.attention.cached_elements * self.store.keys.element_size()
 
 
 def engine_cache(anatomy: Anatomy, policy: CachePolicy | None, call: Call) -> Cache:

@@ -45,8 +45,10 @@ def check_engine(model: nn.Module, anatomy: Anatomy) -> None:
                 part = ids[:, start:stop]
                 out = model.forward(input_ids=part, position_ids=call.positions, past_key_values=cache, use_cache=True)
                 given.append(out.logits[0].float())
-    except (TypeError, AttributeError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except AttributeError as error:
+        raise UserError(_refusal(model, "its attention does not go through transformers' attention interface")) from error
+    except (TypeError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UserError(_refusal(model, f"it failed with: {reason}")) from error
     tolerance = _TOLERANCE.get(next(model.parameters()).dtype, _HALF_TOLERANCE)
     gap = (torch.cat(given) - expected).abs().max() / expected.abs().max()

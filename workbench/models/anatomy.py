@@ -63,16 +63,30 @@ def expert_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def unplaced_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that hold a weight matrix of a kind the anatomy knows nothing of, by name; the outermost where nested."""
+    known = {id(experts) for experts in expert_modules(model).values()}
+    known |= {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
+        placed = id(module) in known or _is_linear(module) or _is_router(module) or isinstance(module, nn.Embedding)
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if matrices and not placed and not inside:
+            found[name] = module
+    return found
+
+
 def accepts_logits_to_keep(model: nn.Module) -> bool:
     """Whether the model can leave out the logits of all but the last positions."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _find_attention(block: nn.Module) -> nn.Module | None:
-    for module in block.modules():
-        if isinstance(getattr(module, "layer_idx", None), int) and any(
-            hasattr(module, name) for name in ("q_proj", "qkv_proj", "c_attn", "query_key_value")
-        ):
+    """The block's self-attention: the outermost module that is called one and holds matrix products."""
+    for name, module in block.named_modules():
+        called = "attention" in type(module).__name__.lower() or "attn" in name.rsplit(".", 1)[-1]
+        if called and "norm" not in type(module).__name__.lower() and any(map(_is_linear, module.modules())):
             return module
     return None
 
@@ -80,9 +94,14 @@ def _find_attention(block: nn.Module) -> nn.Module | None:
 def _find_experts(block: nn.Module) -> nn.Module | None:
     for module in block.modules():
         weight = getattr(module, "down_proj", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim == 3:
+        if isinstance(weight, nn.Parameter) and weight.ndim == 3 and _is_told_its_experts(module):
             return module
     return None
+
+
+def _is_told_its_experts(module: nn.Module) -> bool:
+    """Whether the module is called with hidden states, chosen experts and their weights."""
+    return len(inspect.signature(module.forward).parameters) >= 3
 
 
 def _read_layer(index: int, block: nn.Module, config: Any) -> Layer:
@@ -93,7 +112,8 @@ def _read_layer(index: int, block: nn.Module, config: Any) -> Layer:
     for name, module in block.named_modules():
         if _is_linear(module):
             component = _attention_component(name) if id(module) in inside_attention else "mlp"
-            linears.append(_linear(component, module))
+            per_key = name.endswith(".kv_b_proj") and _expands_latents(attention_module)
+            linears.append(_linear(component, module, per_key))
         elif _is_router(module):
             linears.append(Linear("router", module.weight.shape[1], module.weight.shape[0], False))
     return Layer(
@@ -106,10 +126,26 @@ def _read_layer(index: int, block: nn.Module, config: Any) -> Layer:
 
 
 def _read_attention(module: nn.Module, config: Any, index: int) -> Attention:
-    num_q_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_q_heads
-    head_dim = getattr(module, "head_dim", None) or config.hidden_size // num_q_heads
-    return Attention(num_q_heads, num_kv_heads, head_dim, head_dim, _window(module, config, index))
+    num_q_heads = _first(config, "num_attention_heads", "n_head", "n_heads")
+    num_kv_heads = _first(config, "num_key_value_heads", "num_kv_heads") or num_q_heads
+    if getattr(config, "new_decoder_architecture", True) is False and getattr(config, "multi_query", False):
+        num_kv_heads = 1  # Falcon's first generation says so in two flags
+    head_dim = _first(module, "qk_head_dim", "head_dim") or config.hidden_size // num_q_heads
+    latent_dim = None
+    if _expands_latents(module):
+        num_kv_heads, latent_dim = num_q_heads, module.kv_lora_rank + module.qk_rope_head_dim
+    value_dim = _first(module, "v_head_dim") or head_dim
+    return Attention(num_q_heads, num_kv_heads, head_dim, value_dim, _window(module, config, index), latent_dim)
+
+
+def _expands_latents(module: nn.Module) -> bool:
+    """Whether an attention caches latents and expands all of them at every call, as MLA does in transformers."""
+    return hasattr(module, "kv_lora_rank") and hasattr(module, "expand_kv")
+
+
+def _first(source: Any, *names: str) -> Any:
+    """The first of several attributes that is there and set."""
+    return next((value for name in names if (value := getattr(source, name, None))), None)
 
 
 def _window(module: nn.Module, config: Any, index: int) -> int | None:
@@ -127,7 +163,7 @@ def _read_experts(module: nn.Module, block: nn.Module, config: Any) -> Experts:
     num_experts, rows, columns = module.down_proj.shape
     inner = columns if rows == hidden else rows
     names = ("num_experts_per_tok", "top_k", "moe_topk", "moe_k")
-    top_k = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    top_k = _first(config, *names)
     if top_k is None:
         raise UserError(f"Cannot find how many experts {type(block).__name__} uses per token (looked for {', '.join(names)}).")
     up = getattr(module, "gate_up_proj", None)
@@ -156,8 +192,8 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and isinstance(weight, torch.Tensor) and weight.ndim == 1
 
 
-def _linear(component: str, module: nn.Module) -> Linear:
+def _linear(component: str, module: nn.Module, per_key: bool = False) -> Linear:
     rows, columns = module.weight.shape
     if type(module).__name__ == "Conv1D":
         rows, columns = columns, rows
-    return Linear(component, columns, rows, getattr(module, "bias", None) is not None)
+    return Linear(component, columns, rows, getattr(module, "bias", None) is not None, per_key)

@@ -50,15 +50,19 @@ class RoutingProbe:
         num_experts = self._modules[layer].down_proj.shape[0]
 
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._seen.append((layer, num_experts, *chosen_experts(args, kwargs)))
+            choice = chosen_experts(args, kwargs)
+            if choice is not None:
+                self._seen.append((layer, num_experts, *choice))
 
         return observe
 
 
-def chosen_experts(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The integer tensor of chosen experts and their weights `[tokens, k]`, among the arguments of an experts module."""
+def chosen_experts(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The chosen experts and their weights `[tokens, k]`, among the arguments of an experts module; None if not there."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    index = next(tensor for tensor in tensors if not tensor.is_floating_point())
+    index = next((tensor for tensor in tensors if not tensor.is_floating_point()), None)
+    if index is None:
+        return None
     weights = tensors[-1] if tensors[-1] is not index else tensors[-2]
     if weights.shape != index.shape:
         weights = weights.gather(-1, index)

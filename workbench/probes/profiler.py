@@ -16,6 +16,7 @@ from workbench.probes.attention import AttentionProbe, visible_pairs
 from workbench.probes.environment import environment
 from workbench.probes.importance import attention_mass, check_mode, importance_rows
 from workbench.probes.moe import RoutingProbe, routing_rows
+from workbench.probes.unplaced import UnplacedProbe
 from workbench.trace.schema import phase_of
 from workbench.trace.store import TraceWriter
 from workbench.trace.trace import Trace
@@ -49,6 +50,7 @@ class Profile:
         self._writer = TraceWriter(meta, Path(out) if out is not None else None)
         self._attention = AttentionProbe(model, self._on_attention)
         self._routing = RoutingProbe(model)
+        self._unplaced = UnplacedProbe(model)
         self._handles: list[Any] = []
         self._pending: list[_Step] = []
         self._step: _Step | None = None
@@ -59,6 +61,7 @@ class Profile:
         try:
             self._attention.attach()
             self._routing.attach()
+            self._unplaced.attach()
             head = self.model.get_output_embeddings()
             self._handles = [
                 self.model.register_forward_pre_hook(self._before_step, with_kwargs=True, prepend=True),
@@ -86,6 +89,7 @@ class Profile:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._unplaced.detach()
         self._routing.detach()
         self._attention.detach()
 
@@ -96,6 +100,7 @@ class Profile:
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         self._routing.take()
+        self._unplaced.take()
         self._step = _Step(self._num_steps, entering.shape[0], entering.shape[1], past, ids, kwargs.get("attention_mask"))
         self._num_steps += 1
         self._step.start_ns = time.perf_counter_ns()
@@ -157,6 +162,7 @@ class Profile:
         cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
         step.cache = _cache_facts(cache) if isinstance(cache, Cache) else []
         step.routing = self._routing.take()
+        step.unplaced = self._unplaced.take()
         self._pending.append(step)
         if len(self._pending) >= _STEPS_HELD:
             self._resolve()
@@ -191,14 +197,25 @@ class Profile:
         for layer, batch, q_len, kv_read, pairs, kernel, kind in step.attention:
             held = kv_read if step.cache else 0
             add("attention", step.number, layer, batch, q_len, kv_read, held, int(pairs), kernel, kind)
+        for layer in sorted(set(range(self.anatomy.num_layers)) - {row[0] for row in step.attention}):
+            self._write_unseen_attention(step, layer)
         for layer, held, physical_bytes in step.cache:
             attention = self.anatomy.layers[layer].attention
-            a_token = attention.num_kv_heads * (attention.head_dim + attention.value_dim) * self.anatomy.element_bytes
+            a_token = attention.cached_elements * self.anatomy.element_bytes
             nominal = step.batch * context * a_token
             add("cache", step.number, layer, "append", tokens, held, physical_bytes, nominal, 0, 0)
+        self._writer.extend("unattributed", ((step.number, *call) for call in step.unplaced))
         for layer, mass, window in step.importance:
             self._writer.extend("importance", importance_rows(step.number, layer, mass, window))
         self._write_tokens(step, phase)
+
+    def _write_unseen_attention(self, step: _Step, layer: int) -> None:
+        """A layer whose attention does not go through transformers' interface: counted from the sizes of the call."""
+        context = step.past + step.q_len
+        pairs = visible_pairs(step.q_len, context, step.batch, None)
+        held = context if step.cache else 0
+        row = (step.batch, step.q_len, context, held, pairs, "of the model's own", "assumed causal")
+        self._writer.add("attention", step.number, layer, *row)
 
     def _write_tokens(self, step: _Step, phase: str) -> None:
         if step.ids is None:
@@ -228,6 +245,7 @@ class _Step:
         self.attention: list[tuple] = []
         self.cache: list[tuple[int, int, int]] = []
         self.routing: list[tuple] = []
+        self.unplaced: list[tuple[str, int]] = []
         self.importance: list[tuple] = []
         self.pairs: dict[tuple[int, int], int | torch.Tensor] = {}
         self.masks: list[torch.Tensor | None] = []

@@ -18,17 +18,28 @@ class Linear:
     in_features: int
     out_features: int
     bias: bool = False
+    per_key: bool = False
+    """Whether it is computed for every key that is read, not for every new token (MLA expanding its cached latents)."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention of one layer. `window` counts the tokens a query sees, itself included; None is all of them."""
+    """Self-attention of one layer. `window` counts the tokens a query sees, itself included; None is all of them.
+
+    `latent_dim` is what multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) caches a token in place of K and V.
+    """
 
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
     window: int | None = None
+    latent_dim: int | None = None
+
+    @property
+    def cached_elements(self) -> int:
+        """Elements the cache holds for one token."""
+        return self.latent_dim or self.num_kv_heads * (self.head_dim + self.value_dim)
 
     @property
     def group(self) -> int:
@@ -80,8 +91,7 @@ class Anatomy:
     @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token over all layers, in bytes."""
-        elements = sum(a.num_kv_heads * (a.head_dim + a.value_dim) for a in (layer.attention for layer in self.layers))
-        return elements * self.element_bytes
+        return sum(layer.attention.cached_elements for layer in self.layers) * self.element_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready copy."""

@@ -63,6 +63,8 @@ TABLES: dict[str, pa.Schema] = {
         [("step", _INT), ("row", _INT), ("layer", _INT), ("head", _INT), ("position", _INT), ("into", _INT)]
     ),
     "routing": pa.schema([("step", _INT), ("layer", _INT), ("expert", _INT), ("tokens", _INT), ("weight_sum", _FLOAT)]),
+    # Calls of a module the anatomy cannot place, counted by torch's dispatch-mode counter.
+    "unattributed": pa.schema([("step", _INT), ("module", _TEXT), ("flops", _INT)]),
     # Attention mass by key position of one query head; `window` = queries whose attention was summed.
     "importance": pa.schema(
         [("step", _INT), ("row", _INT), ("layer", _INT), ("head", _INT), ("window", _INT), ("mass", HALF_FLOATS)]

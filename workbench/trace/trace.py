@@ -134,6 +134,9 @@ class Trace:
     def __repr__(self) -> str:
         steps = self.arrow("steps").num_rows
         state = "" if self.complete else ", incomplete"
+        if self.arrow("unattributed").num_rows:
+            by = self.flops(by="component").set_index("component")["flops"]
+            state += f", {by['unattributed'] / by.sum():.1%} of FLOPs unattributed"
         return f"Trace({self.meta['anatomy']['class_name']}, {steps} steps{state})"
 
     def _repr_html_(self) -> str:
