@@ -174,24 +174,25 @@ def test_bad_text_is_one_sentence(text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_new_method_is_one_class(tiny):
+@pytest.mark.parametrize("excess", [10**6, 1])
+def test_a_new_method_is_one_class(tiny, excess):
     """Registering is the whole of adding a method; one that keeps too much is found out by the comparison."""
 
     @wb.register
     @dataclasses.dataclass(frozen=True)
-    class KeepsAll(METHODS["streaming-llm"]):
-        """Keeps everything, whatever its budget."""
+    class Greedy(METHODS["streaming-llm"]):
+        """Keeps more than its budget."""
 
-        name = "keeps-all"
+        name = "greedy"
 
         def keep(self, state):
-            return state.occupied
+            return super().keep(dataclasses.replace(state, capacity=state.capacity + excess))
 
     try:
-        with pytest.raises(wb.MethodDidNotFire, match=r"keeps-all.*0 of 4 layers"):
-            wb.compare(tiny, wb.workloads.recall(context=96, samples=1, facts=1), ["keeps-all:budget=0.5"])
+        with pytest.raises(wb.MethodDidNotFire, match=r"greedy.*0 of 4 layers"):
+            wb.compare(tiny, wb.workloads.recall(context=96, samples=1, facts=1), ["greedy:budget=0.5"])
     finally:
-        del METHODS._entries["keeps-all"]
+        del METHODS._entries["greedy"]
 
 
 def test_streaming_llm_keeps_sinks_and_recent():

@@ -76,16 +76,21 @@ class Fired:
 
 
 def fired(trace: Trace, may_evict: list[int]) -> Fired:
-    """Counts the layers and steps with an eviction, of the layers a method may act on and the steps it was due.
+    """Counts the layers and steps where a method brought the cache within its budget, of those where it had to.
 
-    A step is due where a layer held more than its budget: the engine writes a `due` row there, and an `evict` row once
-    the cache has really shrunk.
+    It has to where a layer held more than the budget: the engine writes a `due` row there. It did if an `evict` row
+    follows and what is held then, over rows and kv heads, is no more than the budget allows.
     """
     cache = trace.table("cache")
     due = cache[cache["op"] == "due"]
-    done = cache[(cache["op"] == "evict") & (cache["op_tokens"] > 0)]
     if due.empty:
         return Fired(0, len(may_evict), 0, 0)
+    anatomy = trace.anatomy
+    a_token = {
+        layer.index: (layer.attention.head_dim + layer.attention.value_dim) * anatomy.element_bytes for layer in anatomy.layers
+    }
+    evicted = cache[cache["op"] == "evict"]
+    done = evicted[evicted["held_tokens"] * evicted["layer"].map(a_token) <= evicted["nominal_bytes"]]
     every_layer = done.groupby("step")["layer"].nunique()
     wanted = due.groupby("step")["layer"].nunique()
     complete = sum(every_layer.get(step, 0) == count for step, count in wanted.items())

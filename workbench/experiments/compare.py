@@ -172,8 +172,8 @@ def _check_fired(lm: LM, setup: Setup, trace: Trace, prompt_tokens: int) -> Fire
         )
     if done.due_steps == 0 or done.steps < done.due_steps or done.layers < done.due_layers:
         raise MethodDidNotFire(
-            f"{setup.label} did not do its work on {lm.name}: it evicted on {done.layers} of {done.due_layers} layers and at "
-            f"{done.steps} of {done.due_steps} steps where the cache held more than its budget of {capacity} tokens."
+            f"{setup.label} did not do its work on {lm.name}: it brought the cache within its budget of {capacity} tokens on "
+            f"{done.layers} of {done.due_layers} layers and at {done.steps} of {done.due_steps} steps where it had to."
         )
     return done
 
