@@ -70,6 +70,18 @@ def test_compare_json(run, tmp_path):
     assert len(wb.Comparison.load(tmp_path / "cmp").rows) == 3
 
 
+def test_export(run, tmp_path):
+    run("profile", "--prompt-tokens", "20", "--new-tokens", "2")
+    code, out, _ = run("export", "run.trace", "--out", "run.json", "--json")
+    assert code == 0 and json.loads((tmp_path / json.loads(out)["written"]).read_text())["traceEvents"]
+    assert run("export", "run.trace", "--out", "tables", "--format", "csv")[0] == 0
+    assert (tmp_path / "tables" / "steps.csv").exists()
+    meta = tmp_path / "run.trace" / "meta.json"
+    meta.write_text(meta.read_text().replace('"format_version": 1', '"format_version": 7'))
+    code, _, err = run("export", "run.trace", "--out", "other.json")
+    assert code == 2 and "trace format 7" in err and not (tmp_path / "other.json").exists()
+
+
 def test_models_and_doctor(run):
     code, out, _ = run("models", "--json")
     models = {entry["name"]: entry for entry in json.loads(out)}
@@ -104,6 +116,8 @@ def test_models_and_doctor(run):
         (["profile", "--importance", "some"], "importance mode 'some'"),
         (["profile", "--out", "empty.txt/x"], "Cannot write to empty.txt/x"),
         (["profile", "--out", "full"], "full is not empty and holds no trace"),
+        (["export", "nowhere", "--out", "x.json"], "not a trace"),
+        (["export", "full", "--out", "x.json", "--format", "xml"], "no export format 'xml'"),
         (["compare", "--workload", "chess"], "no workload named 'chess'"),
         (["compare", "--workload", "text", "--query-aware"], "no setting 'query_aware'"),
         (["compare", "--context", "9000"], "whose context is 8192"),

@@ -148,6 +148,26 @@ def compare(
 
 
 @app.command()
+def export(
+    trace: Annotated[Path, typer.Argument(help="A trace folder.")],
+    out: Annotated[Path, typer.Option(help="A .json file for Perfetto, or a folder for CSV files.")],
+    kind: Annotated[str, typer.Option("--format", help="perfetto or csv.")] = "perfetto",
+    as_json: Json = False,
+) -> None:
+    """Turn a trace into Chrome/Perfetto JSON or CSV files. The trace's own tables are Parquet already."""
+    from workbench.trace.trace import Trace
+
+    writers = {"perfetto": Trace.to_perfetto, "csv": Trace.to_csv}
+    if kind not in writers:
+        raise UserError(f"There is no export format {kind!r}; the formats are {', '.join(writers)}.")
+    written = writers[kind](Trace.load(trace), out)
+    if as_json:
+        _print_json({"written": str(written)})
+    else:
+        _out.print(f"Written: {written}", highlight=False)
+
+
+@app.command()
 def methods(
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,

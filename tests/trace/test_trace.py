@@ -81,6 +81,28 @@ def test_summary_and_display(trace):
     assert "Qwen3MoeForCausalLM" in trace._repr_html_() and "prefill" in trace._repr_html_()
 
 
+def test_perfetto(trace, tmp_path):
+    written = json.loads(trace.to_perfetto(tmp_path / "run.json").read_text())
+    events = written["traceEvents"]
+    slices = [event for event in events if event["ph"] == "X"]
+    assert [event["name"] for event in slices] == ["prefill"] + ["decode"] * 4
+    assert slices[0]["ts"] == 0 and slices[1]["ts"] >= slices[0]["dur"]
+    counters = {event["name"] for event in events if event["ph"] == "C"}
+    assert counters == {"KV bytes", "FLOPs", *(f"expert load, layer {layer}" for layer in range(3))}
+    assert sum(event["args"].get("flops", 0) for event in events) == trace.flops()
+    load = [event for event in events if event["name"] == "expert load, layer 0"]
+    assert sum(load[0]["args"].values()) == 20 * 2
+    (tmp_path / "file").write_text("")
+    with pytest.raises(wb.UserError, match="Cannot write"):
+        trace.to_perfetto(tmp_path / "file" / "run.json")
+
+
+def test_csv(trace, tmp_path):
+    folder = trace.to_csv(tmp_path / "csv")
+    assert pd.read_csv(folder / "steps.csv")["tokens"].tolist() == trace.table("steps")["tokens"].tolist()
+    assert not (folder / "evictions.csv").exists()
+
+
 def test_unknown_table(trace):
     with pytest.raises(wb.UserError, match="no table 'colours'; its tables are steps"):
         trace.table("colours")

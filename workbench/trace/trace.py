@@ -131,6 +131,24 @@ class Trace:
 
         return phase_summary(self)
 
+    def to_perfetto(self, path: str | Path) -> Path:
+        """Writes Chrome/Perfetto JSON and returns its path. Raises UserError if it cannot be written."""
+        from workbench.trace.perfetto import write_perfetto
+
+        return write_perfetto(self, Path(path))
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Writes every table that has rows as a CSV file into a folder and returns it."""
+        folder = Path(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, table in self._tables.items():
+                if table.num_rows:
+                    table.to_pandas().to_csv(folder / f"{name}.csv", index=False)
+        except OSError as error:
+            raise UserError(f"Cannot write to {folder} ({error.strerror}); choose another folder.") from None
+        return folder
+
     def __repr__(self) -> str:
         steps = self.arrow("steps").num_rows
         state = "" if self.complete else ", incomplete"

@@ -1,0 +1,66 @@
+"""A trace as Chrome/Perfetto JSON: a slice a forward call, and counter tracks for cache bytes, FLOPs and expert load.
+
+Format: the trace event format, which chrome://tracing and ui.perfetto.dev open; times are microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError
+from workbench.trace.trace import Trace
+
+
+def write_perfetto(trace: Trace, path: Path) -> Path:
+    """Writes the JSON file and returns its path. Raises UserError if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"traceEvents": events(trace), "displayTimeUnit": "ms", "otherData": about(trace)}))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path} ({error.strerror}); choose another path.") from None
+    return path
+
+
+def about(trace: Trace) -> dict[str, str]:
+    """What the trace is of, as text."""
+    return {"model": trace.anatomy.class_name, "setup": str(trace.meta.get("setup")), "complete": str(trace.complete)}
+
+
+def events(trace: Trace) -> list[dict[str, Any]]:
+    """The events, in order of time."""
+    steps = trace.table("steps")
+    if steps.empty:
+        return []
+    origin_ns = int(steps["start_ns"].min())
+    ends = {row.step: (row.start_ns + row.duration_ns - origin_ns) / 1000 for row in steps.itertuples()}
+    slices = [
+        {
+            "name": row.phase,
+            "ph": "X",
+            "ts": (row.start_ns - origin_ns) / 1000,
+            "dur": row.duration_ns / 1000,
+            "pid": 0,
+            "tid": 0,
+            "args": {"step": row.step, "tokens": row.tokens, "context": row.context},
+        }
+        for row in steps.itertuples()
+    ]
+    counters = []
+    held = trace.table("cache").groupby(["step", "layer"]).last().groupby("step")[["physical_bytes", "nominal_bytes"]].sum()
+    for step, row in held.iterrows():
+        counters.append(_counter("KV bytes", ends[step], {"physical": int(row.iloc[0]), "nominal": int(row.iloc[1])}))
+    for row in trace.flops(by="step").itertuples():
+        counters.append(_counter("FLOPs", ends[row.step], {"flops": int(row.flops)}))
+    for (step, layer), rows in trace.table("routing").groupby(["step", "layer"]):
+        load = {f"expert {expert}": int(tokens) for expert, tokens in zip(rows["expert"], rows["tokens"], strict=True)}
+        counters.append(_counter(f"expert load, layer {layer}", ends[step], load))
+    return sorted([*slices, *counters], key=lambda event: event["ts"])
+
+
+def _counter(name: str, at_us: float, values: dict[str, int]) -> dict[str, Any]:
+    return {"name": name, "ph": "C", "ts": at_us, "pid": 0, "args": values}
