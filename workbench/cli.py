@@ -75,7 +75,7 @@ def profile(
     prompt_tokens: Annotated[int, typer.Option(help="Without a prompt: this many tokens of standard-library text.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
     method: Annotated[str, typer.Option(help="NAME:knob=value,knob=value; see `workbench methods`.")] = "dense",
-    importance: Annotated[str, typer.Option(help="off, window or full: record attention mass by position.")] = "off",
+    importance: Annotated[str, typer.Option(help="off, decode, window or full: record attention mass by position.")] = "off",
     out: Annotated[Path, typer.Option(help="Folder for the trace.")] = Path("run.trace"),
     as_json: Json = False,
 ) -> None:

@@ -116,6 +116,15 @@ def test_importance_equals_eager_column_sums(name, mode):
         torch.testing.assert_close(torch.tensor(row.mass).float(), expected, atol=2e-2, rtol=2e-3)  # stored as float16
 
 
+def test_importance_of_decoded_tokens_only():
+    model = random_llama()
+    with wb.profile(model, importance="decode") as prof:
+        model.generate(ids(10), max_new_tokens=3, do_sample=False)
+    table = prof.trace.table("importance")
+    assert set(table["step"]) == {1, 2} and (table["window"] == 1).all()
+    assert [len(mass) for mass in table.query("step == 2 and layer == 0")["mass"]] == [12] * 4
+
+
 def test_importance_of_a_padded_batch_and_a_static_cache():
     model = random_llama(attn_implementation="eager")
     prompt = ids(20, 2)

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from workbench.engine.call import Call
 from workbench.engine.policy import MASS, QUERIES, CachePolicy, LayerState
 from workbench.engine.stores.rectangular import RectangularStore
-from workbench.probes.importance import attention_mass, by_position
+from workbench.probes.importance import attention_mass, by_position, observes
 from workbench.trace.anatomy import Anatomy
 from workbench_kernels.attention_rows import blockwise_attention
 from workbench_kernels.column_mass import column_mass, column_mass_flops
@@ -104,7 +104,7 @@ class EngineLayer(CacheLayerMixin):
         self.call.record_attention(self.index, self.attention, query.shape, self.store.length, kernel)
         if self.store.mass is not None:
             self._add_mass(query, scaling, asking, options)
-        if self.call.importance != "off":
+        if observes(self.call.importance, query.shape[2]):
             mass, window = attention_mass(self.call.importance, query, self.store.keys, scaling, asking=asking, **options)
             spread = by_position(mass, self.store.positions, max(self.call.seen))
             self.call.masses.append((self.index, spread, window))

@@ -71,7 +71,7 @@ class Session:
         Args:
             lm: the model.
             setup: a setup, a method or several; None is dense.
-            importance: `off`, `window` or `full`: whether the attention mass of every position is recorded.
+            importance: `off`, `decode`, `window` or `full`, as in `wb.profile`.
             out: directory to stream the trace to; a killed process leaves a readable trace there.
         """
         self.lm = lm

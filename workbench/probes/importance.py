@@ -9,7 +9,7 @@ import torch
 from workbench.errors import UserError
 from workbench_kernels.column_mass import column_mass
 
-MODES = ("off", "window", "full")
+MODES = ("off", "decode", "window", "full")
 WINDOW = 32
 """Queries observed at the end of a prompt in mode `window`."""
 
@@ -19,6 +19,11 @@ def check_mode(mode: str) -> str:
     if mode not in MODES:
         raise UserError(f"There is no importance mode {mode!r}; the modes are {', '.join(MODES)}.")
     return mode
+
+
+def observes(mode: str, num_queries: int) -> bool:
+    """Whether a call of so many queries is observed: none in mode `off`, only decoded tokens in mode `decode`."""
+    return mode != "off" and (mode != "decode" or num_queries == 1)
 
 
 def attention_mass(

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from workbench.models.anatomy import anatomy_of
 from workbench.probes.attention import AttentionProbe, visible_pairs
 from workbench.probes.environment import environment
-from workbench.probes.importance import attention_mass, check_mode, importance_rows
+from workbench.probes.importance import attention_mass, check_mode, importance_rows, observes
 from workbench.probes.moe import RoutingProbe, routing_rows
 from workbench.probes.unplaced import UnplacedProbe
 from workbench.trace.schema import phase_of
@@ -123,7 +123,7 @@ class Profile:
             step.masks.append(mask)
         kind = "causal" if mask is None else "padded or sliding"
         step.attention.append((layer, batch, q_len, kv_read, counted, self._attention.implementation, kind))
-        if self.importance != "off":
+        if observes(self.importance, q_len):
             step.importance.append((layer, *self._mass(layer, query, key, mask, options)))
         self._own_ns += time.perf_counter_ns() - own
 
@@ -262,8 +262,8 @@ def profile(
 
     Args:
         model: any `transformers` causal LM; it may be called by `forward`, `generate` or a loop of your own.
-        importance: `off`, `window` (attention mass of the last 32 queries of a prompt and of each decoded token) or
-            `full` (of all queries).
+        importance: `off`; `decode` (attention mass of each decoded token); `window` (of the last 32 queries of a prompt
+            too); `full` (of all queries).
         tokenizer: writes tokens as text into the trace.
         out: directory to stream the trace to; a killed process leaves a readable trace there.
 
