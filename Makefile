@@ -30,7 +30,7 @@ demo: setup
 test: setup $(VENV)/.notebook $(VENV)/.dashboard
 	$(BIN)/python -m pytest
 
-lint: setup
+lint: $(VENV)/.dashboard
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
