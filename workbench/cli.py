@@ -265,7 +265,7 @@ def _print_comparison(comparison: Comparison) -> None:
     about = comparison.about
     _out.print(f"[bold]{about['workload']} on {about['model']}[/bold] ({comparison.settings})", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column("setup", no_wrap=True)
+    table.add_column("setup", overflow="fold")
     for name in ("score", "KL", "KV held", "TTFT", "TPOT", "fired"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.rows:

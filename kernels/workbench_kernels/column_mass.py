@@ -125,6 +125,30 @@ def column_mass_flops(batch: int, num_q_heads: int, num_queries: int, num_slots:
 
 
 @jit
+def _score_tile(
+    query_ptr,
+    key_ptr,
+    q_row,
+    k_row,
+    q_there,
+    k_there,
+    scaling,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    scores = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for chunk in tl.static_range(0, WIDTH, CHUNK):
+        d = (chunk + tl.arange(0, CHUNK))[None, :]
+        q = tl.load(query_ptr + q_row[:, None] * HEAD_DIM + d, mask=q_there[:, None] & (d < HEAD_DIM), other=0.0)
+        k = tl.load(key_ptr + k_row[:, None] * HEAD_DIM + d, mask=k_there[:, None] & (d < HEAD_DIM), other=0.0)
+        scores = tl.dot(q, tl.trans(k), scores, input_precision="tf32x3")
+    return scores * scaling
+
+
+@jit
 def _row_lse_kernel(
     query_ptr,
     key_ptr,
@@ -147,21 +171,17 @@ def _row_lse_kernel(
     kv_head = (head // num_q_heads) * (num_q_heads // group) + (head % num_q_heads) // group
     i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     own = num_slots - num_queries + i  # slot of query i
-    q_row = (head * num_queries + i).to(tl.int64)[:, None] * HEAD_DIM
+    q_row = (head * num_queries + i).to(tl.int64)
     highest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     last = tl.minimum(num_slots, num_slots - num_queries + (tl.program_id(1) + 1) * ROWS)
     first = tl.maximum(0, num_slots - num_queries + tl.program_id(1) * ROWS - window + 1) // COLUMNS * COLUMNS
     for start in range(first, last, COLUMNS):
         j = start + tl.arange(0, COLUMNS)
-        k_row = (kv_head * num_slots + j).to(tl.int64)[:, None] * HEAD_DIM
-        scores = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for chunk in tl.static_range(0, WIDTH, CHUNK):
-            d = chunk + tl.arange(0, CHUNK)
-            q = tl.load(query_ptr + q_row + d[None, :], mask=(i[:, None] < num_queries) & (d[None, :] < HEAD_DIM), other=0.0)
-            k = tl.load(key_ptr + k_row + d[None, :], mask=(j[:, None] < num_slots) & (d[None, :] < HEAD_DIM), other=0.0)
-            scores = tl.dot(q, tl.trans(k), scores, input_precision="tf32x3")
-        scores = scores * scaling
+        k_row = (kv_head * num_slots + j).to(tl.int64)
+        scores = _score_tile(
+            query_ptr, key_ptr, q_row, k_row, i < num_queries, j < num_slots, scaling, HEAD_DIM, WIDTH, CHUNK, ROWS, COLUMNS
+        )
         seen = (j[None, :] <= own[:, None]) & (j[None, :] > own[:, None] - window) & (j[None, :] < num_slots)
         if OCCUPIED:
             flag = tl.load(occupied_ptr + kv_head * num_slots + j, mask=j < num_slots, other=0)
@@ -200,7 +220,7 @@ def _column_mass_kernel(
     row = head // num_q_heads
     kv_head = row * (num_q_heads // group) + (head % num_q_heads) // group
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    k_row = (kv_head * num_slots + j).to(tl.int64)[:, None] * HEAD_DIM
+    k_row = (kv_head * num_slots + j).to(tl.int64)
     held = j < num_slots
     if OCCUPIED:
         held = held & (tl.load(occupied_ptr + kv_head * num_slots + j, mask=j < num_slots, other=0) != 0)
@@ -211,15 +231,11 @@ def _column_mass_kernel(
     for start in range(first, last, ROWS):
         i = start + tl.arange(0, ROWS)
         own = past + i
-        q_row = (head * num_queries + i).to(tl.int64)[:, None] * HEAD_DIM
+        q_row = (head * num_queries + i).to(tl.int64)
         lse = tl.load(lse_ptr + head * num_queries + i, mask=i < num_queries, other=0.0)
-        scores = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for chunk in tl.static_range(0, WIDTH, CHUNK):
-            d = chunk + tl.arange(0, CHUNK)
-            q = tl.load(query_ptr + q_row + d[None, :], mask=(i[:, None] < num_queries) & (d[None, :] < HEAD_DIM), other=0.0)
-            k = tl.load(key_ptr + k_row + d[None, :], mask=(j[:, None] < num_slots) & (d[None, :] < HEAD_DIM), other=0.0)
-            scores = tl.dot(q, tl.trans(k), scores, input_precision="tf32x3")
-        scores = scores * scaling
+        scores = _score_tile(
+            query_ptr, key_ptr, q_row, k_row, i < num_queries, j < num_slots, scaling, HEAD_DIM, WIDTH, CHUNK, ROWS, COLUMNS
+        )
         seen = (j[None, :] <= own[:, None]) & (j[None, :] > own[:, None] - window) & held[None, :] & (i[:, None] < num_queries)
         if ASKING:
             seen = seen & (tl.load(asking_ptr + row * num_queries + i, mask=i < num_queries, other=0) != 0)[:, None]
