@@ -39,7 +39,7 @@ dashboard: $(VENV)/.dashboard
 	$(BIN)/streamlit run apps/dashboard.py --server.address=127.0.0.1 --browser.gatherUsageStats=false
 
 lab: $(VENV)/.notebook
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 clean:
 	rm -rf $(VENV) build *.egg-info
