@@ -269,3 +269,16 @@ def test_snapkv_keeps_a_planted_key():
     queries[..., 0], keys[:, :, 11, 0] = 5.0, 8.0
     mask = wb.SnapKV(budget=16, window=8).keep(state(keys=keys, queries=queries, capacity=16))
     assert mask[0, 0, 11] and mask[0, 0, 42:].all()
+
+
+@pytest.mark.parametrize(("budget", "window"), [(30, 8), (10, 5)])
+def test_scoring_is_not_free(tiny, budget, window):
+    """SnapKV's window (at most half the budget) and H2O's whole prompt are multiplied with all keys once more."""
+    lm = wb.load((random_llama(), tiny.tokenizer))
+    extra = {}
+    for method in (wb.SnapKV(budget=budget, window=8), wb.H2O(budget=budget)):
+        session = wb.Session(lm, method)
+        session.prefill(ids(40)[0].tolist())
+        extra[method.name] = session.trace.flops(by="component").set_index("component")["flops"]["method"]
+    # 3 layers x 2 x 4 query heads x queries x 40 keys x head size 8
+    assert extra == {"snapkv": 3 * 2 * 4 * window * 40 * 8, "h2o": 3 * 2 * 4 * 40 * 40 * 8}

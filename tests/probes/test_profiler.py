@@ -9,6 +9,7 @@ import torch
 from transformers import AttentionInterface
 
 import workbench as wb
+from workbench.probes.attention import causal_pairs
 from workbench.testing import RANDOM_MODELS, ids, random_llama, random_qwen_moe
 
 
@@ -178,3 +179,11 @@ def test_streaming_to_disk_is_readable_before_the_end(tmp_path):
     assert whole.complete and len(whole.table("steps")) == 70
     assert whole.flops() == prof.trace.flops()
     assert whole.meta["own_overhead"]["own_ns"] > 0
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 20])
+def test_causal_pairs_equal_a_count(window):
+    for num_queries in range(1, 9):
+        for num_slots in range(num_queries, 12):
+            seen = [min(num_slots - num_queries + i + 1, window or num_slots) for i in range(num_queries)]
+            assert causal_pairs(num_queries, num_slots, window) == sum(seen)

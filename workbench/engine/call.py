@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from workbench.probes.attention import causal_pairs
 from workbench.trace.anatomy import Attention
 from workbench.trace.store import TraceWriter
 
@@ -33,9 +34,9 @@ class Call:
         batch, _, num_queries, _ = shape
         window = attention.window
         if self.has_padding:
-            pairs = sum(visible_pairs(min(num_queries, seen), seen, window) for seen in self.seen)
+            pairs = sum(causal_pairs(min(num_queries, seen), seen, window) for seen in self.seen)
         else:
-            pairs = batch * visible_pairs(num_queries, num_slots, window)
+            pairs = batch * causal_pairs(num_queries, num_slots, window)
         read = num_slots if window is None else min(num_slots, window - 1 + num_queries)
         kept = num_slots if window is None else min(num_slots, window - 1)
         kind = "causal" if window is None else "sliding"
@@ -45,12 +46,3 @@ class Call:
         """Writes one row a dropped token. `dropped` `[B, H, N]` holds their positions, -1 elsewhere."""
         for row, head, slot in dropped.ge(0).nonzero().tolist():
             self.writer.add("evictions", self.step, row, layer, head, dropped[row, head, slot].item(), -1)
-
-
-def visible_pairs(num_queries: int, num_slots: int, window: int | None) -> int:
-    """Pairs the causal mask lets through when the queries are the last of `num_slots` tokens, each seeing `window`."""
-    first = num_slots - num_queries + 1
-    if window is None or num_slots <= window:
-        return num_queries * (first + num_slots) // 2
-    growing = max(0, window - first)
-    return growing * (first + first + growing - 1) // 2 + (num_queries - growing) * window

@@ -35,7 +35,7 @@ class SnapKV(CacheMethod):
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """The window, and the best-scored tokens before it. Scores: attention summed over the window's queries."""
-        windows = torch.minimum(state.capacity // 2, state.newest.view(-1) + 1).clamp(1, self.window)
+        windows = self._windows(state)
         widest = int(windows.max())
         attention = observe_window(state, widest)
         votes = torch.arange(widest, device=windows.device) >= widest - windows.view(-1, 1)
@@ -45,7 +45,10 @@ class SnapKV(CacheMethod):
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
         """One pass of the window's queries over the keys: `2 Hq W N D` FLOPs; keys read, scores written."""
-        batch, num_q_heads, num_queries, head_dim = state.queries.shape
-        window = min(self.window, num_queries)
-        scores = batch * num_q_heads * window * state.keys.shape[2]
+        batch, num_q_heads, _, head_dim = state.queries.shape
+        scores = batch * num_q_heads * int(self._windows(state).max()) * state.keys.shape[2]
         return 2 * scores * head_dim, state.keys.nbytes + 4 * scores
+
+    def _windows(self, state: LayerState) -> torch.Tensor:
+        """`[B]` queries that vote in each row."""
+        return torch.minimum(state.capacity // 2, state.newest.view(-1) + 1).clamp(1, self.window)
