@@ -117,7 +117,7 @@ def test_other_format_version(trace, tmp_path):
     path = trace.save(tmp_path / "run.trace")
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps({**meta, "format_version": 99}))
-    with pytest.raises(wb.UserError, match=r"format 99.*reads format 1"):
+    with pytest.raises(wb.UserError, match=r"format 99.*reads format 2"):
         wb.Trace.load(path)
 
 

@@ -1,6 +1,7 @@
 """Bytes moved between memory and the processor, modelled from a trace's counts. Never mixed with measured bytes.
 
-`eager`: operands in + results out of every operation, as the framework runs them one by one.
+`eager`: operands in + results out of every operation, as the framework runs them one by one with eager attention and experts
+in a loop; what the model's own code does is in the trace as polynomials (`workbench.trace.traffic`).
 `fused`: what a good kernel must move: weights once a forward, K and V once per kv head and pass, experts only if hit.
 """
 
@@ -15,6 +16,7 @@ import pandas as pd
 from workbench.cost.flops import grouped
 from workbench.errors import UserError
 from workbench.trace.anatomy import Anatomy, Attention, Layer, Linear
+from workbench.trace.traffic import expert_terms, regime, terms
 
 if TYPE_CHECKING:
     from workbench.trace.trace import Trace
@@ -23,7 +25,6 @@ MODELS = ("eager", "fused")
 ON_CHIP_BYTES = 192 * 1024
 """Fast memory a fused attention kernel may use per block: about what one SM of an A100 or H100 offers."""
 
-_SOFTMAX_BYTES = 4
 _INDEX_BYTES = 8
 
 
@@ -43,24 +44,6 @@ def embedding_bytes(tokens, hidden_size: int, element_bytes: int):
     return tokens * (2 * hidden_size * element_bytes + _INDEX_BYTES)
 
 
-def eager_attention_bytes(batch, q_len, kv_read, attention: Attention, element_bytes: int):
-    """One layer of eager attention, operation by operation (`eager_attention_forward` in transformers).
-
-    With N = batch x q heads: repeating K and V for their query heads (where heads are shared), scores = q @ k^T,
-    scaling, adding the mask, softmax in float32, weights @ v, and making the output contiguous.
-    """
-    q_elements = batch * attention.num_q_heads * q_len * attention.head_dim
-    out_elements = batch * attention.num_q_heads * q_len * attention.value_dim
-    k_elements = batch * attention.num_q_heads * kv_read * attention.head_dim
-    v_elements = batch * attention.num_q_heads * kv_read * attention.value_dim
-    scores = batch * attention.num_q_heads * q_len * kv_read
-    mask = batch * q_len * kv_read
-    repeat = 2 * (k_elements + v_elements) if attention.group > 1 else 0
-    moved = repeat + (q_elements + k_elements + scores) + 2 * scores + (2 * scores + mask)
-    moved = moved + (scores + v_elements + out_elements) + 2 * out_elements
-    return element_bytes * moved + scores * (element_bytes + _SOFTMAX_BYTES)
-
-
 def fused_attention_bytes(batch, q_len, kv_read, attention: Attention, element_bytes: int, on_chip_bytes: int = ON_CHIP_BYTES):
     """FlashAttention-2 order: Q and the output once, K and V once per kv head and pass over a block of queries.
 
@@ -78,24 +61,18 @@ def fused_attention_bytes(batch, q_len, kv_read, attention: Attention, element_b
     return (element_bytes * np.asarray(batch) * (q_and_out + np.rint(key_value * passes * share))).astype(np.int64)
 
 
-def cache_append_bytes(batch, q_len, kv_held, attention: Attention, element_bytes: int, model: str):
-    """Writing new K and V: eager concatenates (all in, all out), a fused kernel reads and writes the new rows."""
-    rows = kv_held if model == "eager" else q_len
-    return 2 * element_bytes * batch * rows * attention.cached_elements
+def cache_append_bytes(batch, q_len, attention: Attention, element_bytes: int):
+    """New K and V in, and out into the cache."""
+    return 2 * element_bytes * batch * q_len * attention.cached_elements
 
 
 def bytes_rows(trace: Trace, model: str = "fused") -> pd.DataFrame:
     """One row a step, layer (-1: outside the layers) and component, with its `bytes`."""
     if model not in MODELS:
         raise UserError(f"There is no byte model {model!r}; the models are {' and '.join(MODELS)}.")
-    anatomy = trace.anatomy
     steps = trace.table("steps")
-    attention = trace.table("attention")
+    parts = _eager_rows(trace, steps) if model == "eager" else _fused_rows(trace, steps)
     cache = trace.table("cache")
-    parts = _outside_layers(steps, anatomy)
-    for layer in anatomy.layers:
-        parts += _layer_rows(layer, steps, attention[attention["layer"] == layer.index], anatomy, model)
-    parts += _expert_rows(trace)
     scoring = cache["op"] == "score"
     for component, chosen in (("method", cache[scoring]), ("cache", cache[~scoring])):
         moved = chosen[chosen["extra_bytes"] > 0]
@@ -108,6 +85,50 @@ def trace_bytes(trace: Trace, by: str | Sequence[str] | None, model: str) -> int
     return grouped(bytes_rows(trace, model), "bytes", by)
 
 
+def _eager_rows(trace: Trace, steps: pd.DataFrame) -> list[pd.DataFrame]:
+    traffic = trace.meta.get("eager_traffic", {"reason": "the run that wrote this trace did not come to its end"})
+    if "reason" in traffic:
+        raise UserError(f"The eager bytes of this trace are not known ({traffic['reason']}); use model='fused'.")
+    attention = trace.table("attention")
+    parts = []
+    kinds = [regime(row.phase, row.batch, row.padding_mask) for row in steps.itertuples()]
+    for kind, of_kind in steps.groupby(np.array(kinds, dtype=object), sort=False):
+        calls = attention[attention["step"].isin(of_kind["step"])]
+        for scope, component, coefficients in traffic["regimes"][kind]:
+            if scope in ("outside", "head"):
+                tokens = of_kind["logits" if scope == "head" else "tokens"] // of_kind["batch"]
+                values = terms(of_kind["batch"], tokens, of_kind["context"])
+                parts.append(_rows(of_kind, -1, component, values @ coefficients))
+                continue
+            alike = [layer for layer, first in enumerate(traffic["same_as"]) if first == scope]
+            chosen = calls[calls["layer"].isin(alike)]
+            if component == "cache":
+                chosen = chosen[chosen["kv_held"] > 0]
+            values = terms(chosen["batch"], chosen["q_len"], chosen["kv_read"])
+            parts.append(_rows(chosen, chosen["layer"], component, values @ coefficients))
+    return parts + _eager_expert_rows(trace, steps, traffic)
+
+
+def _eager_expert_rows(trace: Trace, steps: pd.DataFrame, traffic: dict) -> list[pd.DataFrame]:
+    routing = trace.table("routing")
+    hits = routing[routing["tokens"] > 0].groupby(["step", "layer"], as_index=False)["expert"].count()
+    hits = hits.merge(steps[["step", "tokens"]], on="step")
+    parts = []
+    for layer, rows in hits.groupby("layer"):
+        values = expert_terms(rows["tokens"], rows["expert"])
+        parts.append(_rows(rows, layer, "experts", values @ traffic["experts"][str(traffic["same_as"][layer])]))
+    return parts
+
+
+def _fused_rows(trace: Trace, steps: pd.DataFrame) -> list[pd.DataFrame]:
+    anatomy = trace.anatomy
+    attention = trace.table("attention")
+    parts = _outside_layers(steps, anatomy)
+    for layer in anatomy.layers:
+        parts += _layer_rows(layer, steps, attention[attention["layer"] == layer.index], anatomy)
+    return parts + _expert_rows(trace)
+
+
 def _outside_layers(steps: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]:
     size = anatomy.element_bytes
     tokens = steps["tokens"]
@@ -118,7 +139,7 @@ def _outside_layers(steps: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]
     ]
 
 
-def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, anatomy: Anatomy, model: str) -> list[pd.DataFrame]:
+def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]:
     size = anatomy.element_bytes
     tokens = steps["tokens"]
     parts = [_rows(steps, layer.index, "norm", sum(norm_bytes(tokens, norm, size) for norm in layer.norms))]
@@ -131,11 +152,10 @@ def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, anatomy:
             moved = sum(linear_bytes(calls["batch"] * calls["kv_read"], linear, size) for linear in expanded)
             parts.append(_rows(calls, layer.index, component, moved))
     if len(calls):
-        read = eager_attention_bytes if model == "eager" else fused_attention_bytes
-        moved = read(calls["batch"], calls["q_len"], calls["kv_read"], layer.attention, size)
+        moved = fused_attention_bytes(calls["batch"], calls["q_len"], calls["kv_read"], layer.attention, size)
         parts.append(_rows(calls, layer.index, "attention.scores", moved))
         cached = calls[calls["kv_held"] > 0]
-        appended = cache_append_bytes(cached["batch"], cached["q_len"], cached["kv_held"], layer.attention, size, model)
+        appended = cache_append_bytes(cached["batch"], cached["q_len"], layer.attention, size)
         parts.append(_rows(cached, layer.index, "cache", appended))
     return parts
 

@@ -30,6 +30,7 @@ COMPONENTS = (
     "router",
     "experts",
     "lm_head",
+    "elementwise",
     "cache",
     "method",
     "unattributed",

@@ -28,8 +28,10 @@ from workbench.probes.attention import attention_configs
 from workbench.probes.environment import environment
 from workbench.probes.importance import check_mode, importance_rows
 from workbench.probes.moe import Choice, RoutingProbe, routing_rows
+from workbench.probes.traffic import eager_traffic
 from workbench.trace.store import TraceWriter
 from workbench.trace.trace import Trace
+from workbench.trace.traffic import regime
 
 if TYPE_CHECKING:
     from workbench.models.load import LM
@@ -93,6 +95,7 @@ class Session:
         self._tokens: list[list[int]] = []
         self._logits: torch.Tensor | None = None
         self._interrupted = False
+        self._regimes: set[str] = set()
         self._forward_options = {"logits_to_keep": 1} if accepts_logits_to_keep(lm.model) else {}
 
     @property
@@ -112,7 +115,7 @@ class Session:
         """What was recorded so far."""
         self._resolve()
         writer = self._call.writer
-        return Trace({**writer.meta, "complete": True}, writer.tables())
+        return Trace({**writer.meta, **self._traffic(), "complete": True}, writer.tables())
 
     @property
     def physical_bytes(self) -> int:
@@ -201,13 +204,17 @@ class Session:
         other._call.seen = list(self._call.seen)
         other._cache = type(self._cache)(layers=[layer.clone(other._call) for layer in self._cache.layers])
         other._routing, other._choices = RoutingProbe(self.lm.model), []
+        other._regimes = set()
         other._tokens = self.tokens
         return other
 
     def close(self) -> None:
         """Ends the trace on disk, if the session writes one."""
         self._resolve()
-        self._call.writer.close()
+        self._call.writer.close(**self._traffic())
+
+    def _traffic(self) -> dict[str, Any]:
+        return {"eager_traffic": eager_traffic(self.lm.model, self._regimes)}
 
     @torch.no_grad()
     def _forward(self, rows: list[list[int]], phase: str) -> torch.Tensor:
@@ -264,7 +271,8 @@ class Session:
         context = max(call.seen)
         tokens, logits = batch * length, batch * logits_length
         timing = (started, duration, None)
-        add("steps", call.step, call.phase, batch, tokens, context, logits, *timing, call.writer.meta["setup"])
+        add("steps", call.step, call.phase, batch, tokens, context, logits, False, *timing, call.writer.meta["setup"])
+        self._regimes.add(regime(call.phase, batch, False))
         self._choices.append((call.step, self._routing.take()))
         for layer, mass, window in call.masses:
             call.writer.extend("importance", importance_rows(call.step, layer, mass, window))

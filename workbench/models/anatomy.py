@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,6 +64,14 @@ def expert_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def component_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """The component of every module whose work has a name of its own: matrix products, norms, embedding and head."""
+    found: dict[nn.Module, str] = {module: "norm" for module in model.modules() if _is_norm(module)}
+    for block in decoder_layers(model):
+        found |= {module: component for module, component, _ in _products(block)}
+    return found | {model.get_input_embeddings(): "embedding", model.get_output_embeddings(): "lm_head"}
+
+
 def unplaced_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that hold a weight matrix of a kind the anatomy knows nothing of, by name; the outermost where nested."""
     known = {id(experts) for experts in expert_modules(model).values()}
@@ -107,22 +116,25 @@ def _is_told_its_experts(module: nn.Module) -> bool:
 def _read_layer(index: int, block: nn.Module, config: Any) -> Layer:
     attention_module = _find_attention(block)
     experts_module = _find_experts(block)
-    inside_attention = {id(module) for module in attention_module.modules()}
-    linears = []
-    for name, module in block.named_modules():
-        if _is_linear(module):
-            component = _attention_component(name) if id(module) in inside_attention else "mlp"
-            per_key = name.endswith(".kv_b_proj") and _expands_latents(attention_module)
-            linears.append(_linear(component, module, per_key))
-        elif _is_router(module):
-            linears.append(Linear("router", module.weight.shape[1], module.weight.shape[0], False))
     return Layer(
         index=index,
         attention=_read_attention(attention_module, config, index),
-        linears=tuple(linears),
+        linears=tuple(_linear(component, module, per_key) for module, component, per_key in _products(block)),
         norms=tuple(module.weight.numel() for module in block.modules() if _is_norm(module)),
         experts=None if experts_module is None else _read_experts(experts_module, block, config),
     )
+
+
+def _products(block: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
+    """Every dense matrix product of a layer: the module, its component, and whether it is computed for every key read."""
+    attention_module = _find_attention(block)
+    inside_attention = {id(module) for module in attention_module.modules()}
+    for name, module in block.named_modules():
+        if _is_linear(module):
+            component = _attention_component(name) if id(module) in inside_attention else "mlp"
+            yield module, component, name.endswith(".kv_b_proj") and _expands_latents(attention_module)
+        elif _is_router(module):
+            yield module, "router", False
 
 
 def _read_attention(module: nn.Module, config: Any, index: int) -> Attention:

@@ -16,10 +16,12 @@ from workbench.probes.attention import AttentionProbe, visible_pairs
 from workbench.probes.environment import environment
 from workbench.probes.importance import attention_mass, check_mode, importance_rows, observes
 from workbench.probes.moe import RoutingProbe, routing_rows
+from workbench.probes.traffic import eager_traffic
 from workbench.probes.unplaced import UnplacedProbe
 from workbench.trace.schema import phase_of
 from workbench.trace.store import TraceWriter
 from workbench.trace.trace import Trace
+from workbench.trace.traffic import regime
 
 _STEPS_HELD = 64
 """Steps whose device tensors may wait before they are fetched in one go."""
@@ -53,6 +55,7 @@ class Profile:
         self._unplaced = UnplacedProbe(model)
         self._handles: list[Any] = []
         self._pending: list[_Step] = []
+        self._regimes: set[str] = set()
         self._step: _Step | None = None
         self._num_steps = 0
         self._own_ns = 0
@@ -76,6 +79,7 @@ class Profile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._detach()
         self._resolve()
+        self._writer.meta["eager_traffic"] = eager_traffic(self.model, self._regimes)
         overhead = {"own_ns": self._own_ns, "how": "time spent inside the probes' own hooks, summed"}
         self._writer.close(own_overhead=overhead, **({"error": repr(error)} if error else {}))
 
@@ -83,7 +87,8 @@ class Profile:
     def trace(self) -> Trace:
         """What was recorded so far."""
         self._resolve()
-        return Trace(self._writer.meta, self._writer.tables())
+        meta = {"eager_traffic": eager_traffic(self.model, self._regimes), **self._writer.meta}
+        return Trace(meta, self._writer.tables())
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -181,6 +186,7 @@ class Profile:
         tokens = step.batch * step.q_len
         phase = phase_of(step.q_len, step.past)
         context = step.past + step.q_len
+        self._regimes.add(regime(phase, step.batch, step.mask is not None))
         add(
             "steps",
             step.number,
@@ -189,6 +195,7 @@ class Profile:
             tokens,
             context,
             step.logits,
+            step.mask is not None,
             step.start_ns,
             step.duration_ns,
             None,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _INT, _FLOAT, _TEXT = pa.int64(), pa.float64(), pa.string()
 HALF_FLOATS = pa.list_(pa.float16())
 
 TABLES: dict[str, pa.Schema] = {
-    # One forward call. `tokens` = batch x new tokens a row; `logits` = positions the output head computed.
+    # One forward call. `tokens` = batch x new tokens a row; `logits` = positions the output head computed; `padding_mask` =
+    # whether the call was given a mask of which tokens are padding.
     "steps": pa.schema(
         [
             ("step", _INT),
@@ -23,6 +24,7 @@ TABLES: dict[str, pa.Schema] = {
             ("tokens", _INT),
             ("context", _INT),
             ("logits", _INT),
+            ("padding_mask", pa.bool_()),
             ("start_ns", _INT),
             ("duration_ns", _INT),
             ("device_ns", _INT),
