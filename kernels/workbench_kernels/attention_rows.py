@@ -41,31 +41,32 @@ def attention_rows(
     batch, num_q_heads, num_queries, head_dim = query.shape
     num_kv_heads, num_slots = key.shape[1], key.shape[2]
     group = num_q_heads // num_kv_heads
-    folded = query.reshape(batch, num_kv_heads, group * num_queries, head_dim)
-    scores = torch.matmul(folded, key.transpose(-1, -2)).mul_(scaling).float()
+    folded = query.reshape(batch * num_kv_heads, group * num_queries, head_dim)
+    flat = key.reshape(batch * num_kv_heads, num_slots, head_dim)
+    scores = torch.baddbmm(query.new_empty(1, 1, 1), folded, flat.transpose(-1, -2), beta=0, alpha=scaling).float()
     scores = scores.view(batch, num_kv_heads, group, num_queries, num_slots)
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+        scores.div_(softcap).tanh_().mul_(softcap)
     lowest = torch.finfo(scores.dtype).min
-    hidden = _hidden(num_queries, num_slots, window, query.device)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, lowest)
+    _hide(scores, window, lowest)
     if occupied is not None:
-        scores = scores.masked_fill(~occupied[:, :, None, None], lowest)
+        scores.masked_fill_(~occupied[:, :, None, None], lowest)
     if sinks is None:
         return scores.softmax(-1)
     extra = sinks.float().view(1, num_kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
     return torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
 
 
-def _hidden(num_queries: int, num_slots: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which slots queries may not see, `[Q, N]`, or None if they see all."""
-    if num_queries == 1 and (window is None or num_slots <= window):
-        return None
-    own = torch.arange(num_slots - num_queries, num_slots, device=device)[:, None]
-    slot = torch.arange(num_slots, device=device)[None]
-    hidden = slot > own
-    return hidden if window is None else hidden | (slot <= own - window)
+def _hide(scores: torch.Tensor, window: int | None, lowest: float) -> None:
+    """Sets the scores that queries may not see, which lie in two corners: later tokens, and those before the window."""
+    num_queries, num_slots = scores.shape[-2:]
+    query = torch.arange(num_queries, device=scores.device)[:, None]
+    if num_queries > 1:
+        scores[..., -num_queries:].masked_fill_(query < query.T, lowest)
+    if window is not None and num_slots > window:
+        before = num_slots - window  # the last query sees no slot before this one
+        slot = torch.arange(before, device=scores.device)
+        scores[..., :before].masked_fill_(slot <= query + before - num_queries, lowest)
 
 
 def blockwise_attention(

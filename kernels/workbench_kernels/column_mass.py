@@ -17,6 +17,9 @@ import torch
 from workbench_kernels.attention_rows import BLOCK, attention_rows
 from workbench_kernels.jit import jit, launches, tiles_for, tl, triton
 
+_SCORES_AT_ONCE = 2**19
+"""Scores the reference holds at once, over all heads: 2 MiB, which stay in a processor's cache between the passes."""
+
 
 def column_mass(
     query: torch.Tensor,
@@ -56,26 +59,35 @@ def column_mass_reference(
     *,
     asking: torch.Tensor | None = None,
     occupied: torch.Tensor | None = None,
-    **options,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The specification, in blocks of queries: no more than `BLOCK x N` scores a head are held."""
+    """The specification, in blocks of queries: one block's rows are all that is ever held, and under a window a block reads
+    only what it can see.
+    """
     batch, num_q_heads, num_queries, _ = query.shape
-    num_slots = key.shape[2]
-    mass = torch.zeros(batch, num_q_heads, num_slots, dtype=torch.float32, device=query.device)
-    for start in range(0, num_queries, BLOCK):
-        stop = min(start + BLOCK, num_queries)
+    num_kv_heads, num_slots = key.shape[1], key.shape[2]
+    seen = num_slots if window is None else min(num_slots, window + BLOCK)
+    block = min(max(_SCORES_AT_ONCE // (batch * num_q_heads * seen), 16), BLOCK)
+    mass = torch.zeros(batch, num_kv_heads, num_q_heads // num_kv_heads, num_slots, dtype=torch.float32, device=query.device)
+    ones = torch.ones(batch, num_queries, dtype=torch.float32, device=query.device)
+    counts = (ones if asking is None else ones * asking)[:, None, None, None]
+    for start in range(0, num_queries, block):
+        stop = min(start + block, num_queries)
         last = num_slots - num_queries + stop
+        first = 0 if window is None else max(0, last - (stop - start) - window + 1)
         rows = attention_rows(
             query[:, :, start:stop],
-            key[:, :, :last],
+            key[:, :, first:last],
             scaling,
-            occupied=None if occupied is None else occupied[:, :, :last],
-            **options,
+            occupied=None if occupied is None else occupied[:, :, first:last],
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
         )
-        if asking is not None:
-            rows = rows * asking[:, None, None, start:stop, None]
-        mass[:, :, :last] += rows.sum(3).flatten(1, 2)
-    return mass
+        mass[..., first:last] += torch.matmul(counts[..., start:stop], rows).squeeze(-2)
+    return mass.flatten(1, 2)
 
 
 def launch_column_mass(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from workbench.trace.schema import PHASES
@@ -58,6 +59,25 @@ def phase_summary(trace: Trace) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def mass_by_position(row: Any) -> np.ndarray:
+    """The mass of one row of the importance table by position, `[length]` from position `start` on.
+
+    Where the row is pooled, the sum over a stretch is spread evenly over the positions that are not listed by themselves.
+    """
+    mass = np.asarray(row.mass, dtype=float)
+    if row.top_positions is None:
+        return mass
+    width = -(-row.length // len(mass))
+    top = np.asarray(row.top_positions) - row.start
+    pooled = np.ones(row.length, dtype=bool)
+    pooled[top] = False
+    stretch = np.arange(row.length) // width
+    sharing = np.bincount(stretch, weights=pooled, minlength=len(mass))
+    spread = np.where(pooled, (mass / np.maximum(sharing, 1))[stretch], 0.0)
+    spread[top] = row.top_mass
+    return spread
 
 
 @dataclass(frozen=True)

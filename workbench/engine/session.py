@@ -26,7 +26,7 @@ from workbench.errors import UserError
 from workbench.models.anatomy import accepts_logits_to_keep
 from workbench.probes.attention import attention_configs
 from workbench.probes.environment import environment
-from workbench.probes.importance import check_mode, importance_rows
+from workbench.probes.importance import ImportanceLog, check_mode
 from workbench.probes.moe import Choice, RoutingProbe, routing_rows
 from workbench.probes.traffic import eager_traffic
 from workbench.trace.store import TraceWriter
@@ -96,6 +96,7 @@ class Session:
         self._logits: torch.Tensor | None = None
         self._interrupted = False
         self._regimes: set[str] = set()
+        self._importance = ImportanceLog(self._call.writer)
         self._forward_options = {"logits_to_keep": 1} if accepts_logits_to_keep(lm.model) else {}
 
     @property
@@ -115,7 +116,8 @@ class Session:
         """What was recorded so far."""
         self._resolve()
         writer = self._call.writer
-        return Trace({**writer.meta, **self._traffic(), "complete": True}, writer.tables())
+        self._importance.flush()
+        return Trace({**writer.meta, **self._derived(), "complete": True}, writer.tables())
 
     @property
     def physical_bytes(self) -> int:
@@ -205,16 +207,20 @@ class Session:
         other._cache = type(self._cache)(layers=[layer.clone(other._call) for layer in self._cache.layers])
         other._routing, other._choices = RoutingProbe(self.lm.model), []
         other._regimes = set()
+        other._importance = ImportanceLog(other._call.writer)
         other._tokens = self.tokens
         return other
 
     def close(self) -> None:
         """Ends the trace on disk, if the session writes one."""
         self._resolve()
-        self._call.writer.close(**self._traffic())
+        self._importance.flush()
+        self._call.writer.close(**self._derived())
 
-    def _traffic(self) -> dict[str, Any]:
-        return {"eager_traffic": eager_traffic(self.lm.model, self._regimes)}
+    def _derived(self) -> dict[str, Any]:
+        """What a trace's meta says once the run is over."""
+        traffic = eager_traffic(self.lm.model, self._regimes)
+        return {"eager_traffic": traffic, "importance_pooling": self._importance.meta()}
 
     @torch.no_grad()
     def _forward(self, rows: list[list[int]], phase: str) -> torch.Tensor:
@@ -275,7 +281,7 @@ class Session:
         self._regimes.add(regime(call.phase, batch, False))
         self._choices.append((call.step, self._routing.take()))
         for layer, mass, window in call.masses:
-            call.writer.extend("importance", importance_rows(call.step, layer, mass, window))
+            self._importance.add(call.step, layer, 0, mass, window, call.phase == "decode")
         call.masses.clear()
         self._record_tokens(rows)
         if len(self._choices) >= _STEPS_HELD or call.phase == "prefill":
@@ -283,7 +289,7 @@ class Session:
             call.writer.flush(everything=call.writer.directory is not None)
 
     def _resolve(self) -> None:
-        """Turns the expert choices that wait on the device into rows."""
+        """Turns what waits on the device into rows."""
         choices, self._choices = self._choices, []
         self._call.writer.extend("routing", routing_rows(choices))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
+from workbench.cost.metrics import mass_by_position
 from workbench.errors import UserError
 from workbench.plots.cache_map import MAX_COLUMNS
 from workbench.plots.theme import style
@@ -25,12 +26,12 @@ def importance_map(trace: Trace, step: int | None = None, row: int = 0) -> go.Fi
     if table.empty:
         raise UserError(f"The trace holds no importance for step {step}.")
     layers = sorted(table["layer"].unique())
-    length = max(map(len, table["mass"]))
+    length = int((table["start"] + table["length"]).max())
     grid = np.zeros((len(layers), length))
     for number, layer in enumerate(layers):
         of_layer = table[table["layer"] == layer]
-        for mass, window in zip(of_layer["mass"], of_layer["window"], strict=True):
-            grid[number, length - len(mass) :] += np.asarray(mass, dtype=float) / window / len(of_layer)
+        for line in of_layer.itertuples():
+            grid[number, line.start : line.start + line.length] += mass_by_position(line) / line.window / len(of_layer)
     width = -(-length // MAX_COLUMNS)
     starts = range(0, length, width)
     reduced = np.stack([grid[:, start : start + width].sum(1) for start in starts], 1)

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from workbench.models.anatomy import anatomy_of
 from workbench.probes.attention import AttentionProbe, visible_pairs
 from workbench.probes.environment import environment
-from workbench.probes.importance import attention_mass, check_mode, importance_rows, observes
+from workbench.probes.importance import ImportanceLog, attention_mass, check_mode, observes
 from workbench.probes.moe import RoutingProbe, routing_rows
 from workbench.probes.traffic import eager_traffic
 from workbench.probes.unplaced import UnplacedProbe
@@ -56,6 +56,7 @@ class Profile:
         self._handles: list[Any] = []
         self._pending: list[_Step] = []
         self._regimes: set[str] = set()
+        self._importance = ImportanceLog(self._writer)
         self._step: _Step | None = None
         self._num_steps = 0
         self._own_ns = 0
@@ -79,7 +80,8 @@ class Profile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._detach()
         self._resolve()
-        self._writer.meta["eager_traffic"] = eager_traffic(self.model, self._regimes)
+        self._importance.flush()
+        self._writer.meta |= self._derived()
         overhead = {"own_ns": self._own_ns, "how": "time spent inside the probes' own hooks, summed"}
         self._writer.close(own_overhead=overhead, **({"error": repr(error)} if error else {}))
 
@@ -87,8 +89,13 @@ class Profile:
     def trace(self) -> Trace:
         """What was recorded so far."""
         self._resolve()
-        meta = {"eager_traffic": eager_traffic(self.model, self._regimes), **self._writer.meta}
-        return Trace(meta, self._writer.tables())
+        self._importance.flush()
+        return Trace(self._writer.meta | self._derived(), self._writer.tables())
+
+    def _derived(self) -> dict[str, Any]:
+        """What a trace's meta says once the run is over."""
+        traffic = eager_traffic(self.model, self._regimes)
+        return {"eager_traffic": traffic, "importance_pooling": self._importance.meta()}
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -213,7 +220,8 @@ class Profile:
             add("cache", step.number, layer, "append", tokens, held, physical_bytes, nominal, 0, 0)
         self._writer.extend("unattributed", ((step.number, *call) for call in step.unplaced))
         for layer, mass, window in step.importance:
-            self._writer.extend("importance", importance_rows(step.number, layer, mass, window))
+            start = step.past + step.q_len - mass.shape[-1]
+            self._importance.add(step.number, layer, start, mass, window, phase == "decode")
         self._write_tokens(step, phase)
 
     def _write_unseen_attention(self, step: _Step, layer: int) -> None:

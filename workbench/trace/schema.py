@@ -67,9 +67,26 @@ TABLES: dict[str, pa.Schema] = {
     "routing": pa.schema([("step", _INT), ("layer", _INT), ("expert", _INT), ("tokens", _INT), ("weight_sum", _FLOAT)]),
     # Calls of a module the anatomy cannot place, counted by torch's dispatch-mode counter.
     "unattributed": pa.schema([("step", _INT), ("module", _TEXT), ("flops", _INT)]),
-    # Attention mass by key position of one query head; `window` = queries whose attention was summed.
+    # Attention mass by key position of one query head; `window` = queries whose attention was summed, `step` the last of
+    # them; the mass is that of `length` positions from `start` on. With `top_positions` given, `mass` holds sums over equal
+    # stretches of them, the top ones left out.
     "importance": pa.schema(
-        [("step", _INT), ("row", _INT), ("layer", _INT), ("head", _INT), ("window", _INT), ("mass", HALF_FLOATS)]
+        [
+            ("step", _INT),
+            ("row", _INT),
+            ("layer", _INT),
+            ("head", _INT),
+            ("window", _INT),
+            ("start", _INT),
+            ("length", _INT),
+            ("mass", HALF_FLOATS),
+            ("top_positions", pa.list_(pa.int32())),
+            ("top_mass", HALF_FLOATS),
+        ]
+    ),
+    # A part of a forward call. `device_ns` = the GPU's own time, null off the GPU; spans of a layer lie inside its own.
+    "spans": pa.schema(
+        [("step", _INT), ("name", _TEXT), ("layer", _INT), ("start_ns", _INT), ("duration_ns", _INT), ("device_ns", _INT)]
     ),
     "tokens": pa.schema(
         [
