@@ -23,7 +23,7 @@ LAYERS = {
     "trace": {"errors"},
     "cost": {"errors", "trace"},
     "models": {"errors", "trace", "texts"},
-    "probes": {"errors", "trace", "models", "kernels"},
+    "probes": {"errors", "trace", "cost", "models", "kernels"},
     "engine": {"errors", "trace", "models", "probes", "kernels"},
     "methods": {"errors", "registry", "trace", "engine", "kernels"},
     "workloads": {"errors", "registry", "texts", "models", "engine"},

@@ -125,7 +125,7 @@ def _fused_rows(trace: Trace, steps: pd.DataFrame) -> list[pd.DataFrame]:
     attention = trace.table("attention")
     parts = _outside_layers(steps, anatomy)
     for layer in anatomy.layers:
-        parts += _layer_rows(layer, steps, attention[attention["layer"] == layer.index], anatomy)
+        parts += _layer_rows(layer, attention[attention["layer"] == layer.index], anatomy)
     return parts + _expert_rows(trace)
 
 
@@ -139,14 +139,14 @@ def _outside_layers(steps: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]
     ]
 
 
-def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]:
+def _layer_rows(layer: Layer, calls: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]:
     size = anatomy.element_bytes
-    tokens = steps["tokens"]
-    parts = [_rows(steps, layer.index, "norm", sum(norm_bytes(tokens, norm, size) for norm in layer.norms))]
+    tokens = calls["batch"] * calls["q_len"]
+    parts = [_rows(calls, layer.index, "norm", sum(norm_bytes(tokens, norm, size) for norm in layer.norms))]
     for component in dict.fromkeys(linear.component for linear in layer.linears):
         linears = [linear for linear in layer.linears if linear.component == component]
         moved = sum(linear_bytes(tokens, linear, size) for linear in linears if not linear.per_key)
-        parts.append(_rows(steps, layer.index, component, moved))
+        parts.append(_rows(calls, layer.index, component, moved))
         expanded = [linear for linear in linears if linear.per_key]
         if expanded:
             moved = sum(linear_bytes(calls["batch"] * calls["kv_read"], linear, size) for linear in expanded)

@@ -58,12 +58,13 @@ def flops_rows(trace: Trace, convention: str = "full") -> pd.DataFrame:
     parts = [_rows(steps, -1, "lm_head", linear_flops(steps["logits"], anatomy.lm_head))]
     for layer in anatomy.layers:
         of_layer = attention[attention["layer"] == layer.index]
+        tokens = of_layer["batch"] * of_layer["q_len"]  # a layer may be left out of a forward call, or run twice
         keys = of_layer["batch"] * of_layer["kv_read"]
         for component in dict.fromkeys(linear.component for linear in layer.linears):
             linears = [linear for linear in layer.linears if linear.component == component]
             a_token = sum(linear_flops(1, linear) for linear in linears if not linear.per_key)
             a_key = sum(linear_flops(1, linear) for linear in linears if linear.per_key)
-            parts.append(_rows(steps, layer.index, component, a_token * steps["tokens"]))
+            parts.append(_rows(of_layer, layer.index, component, a_token * tokens))
             if a_key:
                 parts.append(_rows(of_layer, layer.index, component, a_key * keys))
         full = of_layer["batch"] * of_layer["q_len"] * of_layer["kv_read"]

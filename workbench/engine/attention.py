@@ -12,8 +12,6 @@ from typing import Any
 
 from transformers import AttentionInterface
 
-from workbench.probes.attention import OBSERVED
-
 NAME = "workbench"
 
 
@@ -29,14 +27,12 @@ AttentionInterface.register(NAME, workbench_attention)
 def engine_attention(configs: list[Any]) -> Iterator[None]:
     """Lets a model attend through the engine inside the block, and puts back what it had.
 
-    `configs` are the model's `attention_configs`. An observing wrapper that is in place stays: it hands the engine's
-    calls through.
+    `configs` are the model's `attention_configs`.
     """
     previous = [config._attn_implementation for config in configs]
     try:
-        for config, implementation in zip(configs, previous, strict=True):
-            if not implementation.startswith(OBSERVED):
-                config._attn_implementation_internal = NAME
+        for config in configs:
+            config._attn_implementation_internal = NAME
         yield
     finally:
         for config, implementation in zip(configs, previous, strict=True):

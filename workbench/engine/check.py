@@ -16,6 +16,7 @@ from workbench.engine.cache import engine_cache
 from workbench.engine.call import Call
 from workbench.errors import UserError
 from workbench.probes.attention import attention_configs
+from workbench.probes.unobserved import unobserved
 from workbench.trace.anatomy import Anatomy
 from workbench.trace.store import TraceWriter
 
@@ -34,16 +35,16 @@ def check_engine(model: nn.Module, anatomy: Anatomy) -> None:
     ids = torch.arange(2, 2 + _LENGTH, device=model.device)[None] % anatomy.vocab_size
     call = Call(TraceWriter({}))
     cache = engine_cache(anatomy, None, call)
-    # `forward` itself, so that a profile that is running does not take this for the user's run.
-    expected = model.forward(input_ids=ids, use_cache=False).logits[0].float()
     given = []
+    with unobserved():
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
     try:
-        with engine_attention(attention_configs(model)):
+        with unobserved(), engine_attention(attention_configs(model)):
             for start, stop in ((0, _LENGTH - 1), (_LENGTH - 1, _LENGTH)):
                 call.positions = torch.arange(start, stop, dtype=torch.int32, device=model.device)[None]
                 call.seen = [stop]
                 part = ids[:, start:stop]
-                out = model.forward(input_ids=part, position_ids=call.positions, past_key_values=cache, use_cache=True)
+                out = model(input_ids=part, position_ids=call.positions, past_key_values=cache, use_cache=True)
                 given.append(out.logits[0].float())
     except AttributeError as error:
         raise UserError(_refusal(model, "its attention does not go through transformers' attention interface")) from error

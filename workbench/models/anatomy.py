@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from workbench.errors import UserError
 from workbench.trace.anatomy import Anatomy, Attention, Experts, Layer, Linear
@@ -15,19 +16,24 @@ from workbench.trace.anatomy import Anatomy, Attention, Experts, Layer, Linear
 
 def anatomy_of(model: nn.Module) -> Anatomy:
     """Reads the anatomy of a `transformers` causal LM. Raises UserError for what is not one."""
+    name = type(model).__name__
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     blocks = decoder_layers(model)
     if head is None or not blocks:
         raise UserError(
-            f"{type(model).__name__} is not a causal language model with decoder layers and an output head; "
+            f"{name} is not a causal language model with an output head and layers that all attend; "
             "pass a model made by AutoModelForCausalLM."
         )
+    crossing = next((part for block in blocks for part, _ in block.named_modules() if _is_cross_attention(part)), None)
+    if model.config.is_encoder_decoder or crossing is not None:
+        where = f" ({crossing} in its layers)" if crossing is not None else ""
+        raise UserError(f"{name} attends to an encoder{where}, which is not measured; pass a decoder-only model.")
     config = model.config.get_text_config()
     weight = next(model.parameters())
     inside = {id(module) for block in blocks for module in block.modules()}
     layers = tuple(_read_layer(index, block, config) for index, block in enumerate(blocks))
     return Anatomy(
-        class_name=type(model).__name__,
+        class_name=name,
         model_type=config.model_type,
         dtype=str(weight.dtype).removeprefix("torch."),
         element_bytes=weight.element_size(),
@@ -43,9 +49,17 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: the items of the longest module list whose items hold a self-attention."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    text = model.get_decoder() if hasattr(model, "get_decoder") else model  # a vision tower may be the deeper stack
+    lists = [m for m in text.modules() if isinstance(m, nn.ModuleList) and len(m)]
     stacks = [stack for stack in lists if all(_find_attention(block) is not None for block in stack)]
     return list(max(stacks, key=len)) if stacks else []
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The innermost model that holds the decoder layers and takes tokens: the causal LM without its head."""
+    first = decoder_layers(model)[0]
+    holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(part is first for part in m.modules())]
+    return holders[-1]
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -73,15 +87,27 @@ def component_modules(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def unplaced_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that hold a weight matrix of a kind the anatomy knows nothing of, by name; the outermost where nested."""
+    """Modules that hold a weight matrix the anatomy does not place, by name; the outermost where nested.
+
+    In a decoder layer that is a matrix of an unknown kind; outside, a whole branch of the model beside layers and head,
+    such as a vision tower.
+    """
     known = {id(experts) for experts in expert_modules(model).values()}
     known |= {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    blocks = decoder_layers(model)
+    in_layers = {id(module) for block in blocks for module in block.modules()}
+    trunk = [model.get_output_embeddings(), *blocks]
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
-        placed = id(module) in known or _is_linear(module) or _is_router(module) or isinstance(module, nn.Embedding)
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if matrices and not placed and not inside:
+        if any(name.startswith(f"{outer}.") for outer in found) or isinstance(module, nn.Embedding) or id(module) in known:
+            continue
+        if id(module) in in_layers:
+            unknown = _has_matrix(module) and not _is_linear(module) and not _is_router(module)
+        else:
+            parts = list(module.modules())
+            apart = not any(part is stem for part in parts for stem in trunk)
+            unknown = apart and any(_has_matrix(part) and not isinstance(part, nn.Embedding) for part in parts)
+        if unknown:
             found[name] = module
     return found
 
@@ -98,6 +124,15 @@ def _find_attention(block: nn.Module) -> nn.Module | None:
         if called and "norm" not in type(module).__name__.lower() and any(map(_is_linear, module.modules())):
             return module
     return None
+
+
+def _is_cross_attention(name: str) -> bool:
+    last = name.rsplit(".", 1)[-1].lower()
+    return ("cross" in last and "att" in last) or last in {"encoder_attn", "encdecattention"}
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
 
 
 def _find_experts(block: nn.Module) -> nn.Module | None:
@@ -184,8 +219,8 @@ def _read_experts(module: nn.Module, block: nn.Module, config: Any) -> Experts:
 
 
 def _attention_component(name: str) -> str:
-    last = name.rsplit(".", 1)[-1]
-    return "attention.out" if last in {"o_proj", "out_proj", "dense", "c_proj", "wo"} else "attention.qkv"
+    outputs = {"o_proj", "out_proj", "dense", "c_proj", "wo"}
+    return "attention.out" if outputs & set(name.split(".")) else "attention.qkv"  # an adapter's matrices lie deeper
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -205,7 +240,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _linear(component: str, module: nn.Module, per_key: bool = False) -> Linear:
-    rows, columns = module.weight.shape
-    if type(module).__name__ == "Conv1D":
-        rows, columns = columns, rows
+    if isinstance(module, nn.Linear):
+        rows, columns = module.out_features, module.in_features  # a quantised weight is packed into another shape
+    else:
+        columns, rows = module.weight.shape
     return Linear(component, columns, rows, getattr(module, "bias", None) is not None, per_key)

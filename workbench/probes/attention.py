@@ -1,85 +1,102 @@
-"""Sees every attention call of a model by wrapping the attention implementation it has.
+"""Sees every attention call of a model where transformers looks up the attention function.
 
-A wrapper is registered with transformers under a name of its own, the model's configs point to it while observed, and
-both are put back afterwards. The wrapped implementation's mask function is registered under the same name, so the
-model builds the masks it would have built.
+While any model is observed, `AttentionInterface.get_interface` hands out its functions wrapped, and a wrapped function
+tells the observers of the module that calls it. No name changes: the model, its config and its masks are those of an
+unobserved run, and a module nobody observes only passes through.
 """
 
 from __future__ import annotations
 
-import itertools
-import sys
+import functools
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from workbench.errors import UserError
 from workbench.models.anatomy import attention_modules
 
-OBSERVED = "workbench_observed_"
-"""How the names of observing wrappers start."""
 
-_numbers = itertools.count()
+class AttentionObserver(Protocol):
+    """What is told of the attention calls of one model."""
 
-AttentionCall = Callable[..., None]
-"""Called as `(layer, module, query, key, mask, options)` after each attention call."""
+    def before_attention(self, module: nn.Module) -> None:
+        """The attention function is about to be called by a module."""
+
+    def after_attention(self, layer: int, module: nn.Module, query, key, mask, options: dict[str, Any], kernel: str) -> None:
+        """The attention function named `kernel` was called with these arguments."""
+
+
+_ARGUMENTS = ("query", "key", "value", "attention_mask")
+
+_lock = threading.Lock()
+_observers: dict[nn.Module, tuple[tuple[int, AttentionObserver], ...]] = {}
+_originals: list[Callable] = []
+"""`get_interface` as it was, while it is wrapped."""
 
 
 class AttentionProbe:
-    """Wraps the attention implementation of one model between `attach` and `detach`."""
+    """Tells an observer of the attention calls of one model between `attach` and `detach`."""
 
-    def __init__(self, model: nn.Module, on_call: AttentionCall):
-        self._layers = {id(module): layer for layer, module in enumerate(attention_modules(model))}
-        self._configs = attention_configs(model)
-        self._on_call = on_call
-        self._previous: list[str] = []
-        self._name = ""
-        self.implementation = ""
-        """The wrapped implementation."""
+    def __init__(self, model: nn.Module, observer: AttentionObserver):
+        layers = enumerate(attention_modules(model))
+        self._layers = {part: layer for layer, module in layers for part in module.modules()}
+        self._implementations = {config._attn_implementation for config in attention_configs(model)}
+        self._observer = observer
 
     def attach(self) -> None:
-        """Puts the wrapper in place. Raises UserError if the model's attention cannot be wrapped."""
-        self._previous = [config._attn_implementation for config in self._configs]
-        self.implementation = implementation = self._previous[0]
-        if len(set(self._previous)) > 1:
-            raise UserError(f"The model mixes the attention implementations {sorted(set(self._previous))}; set one for all.")
-        if implementation.startswith("flex"):
-            raise UserError(f"Attention {implementation!r} cannot be observed; use model.set_attn_implementation('sdpa').")
-        self._name = f"{OBSERVED}{next(_numbers)}"
-        AttentionInterface._global_mapping[self._name] = self._wrapper(implementation)
-        masks = AttentionMaskInterface._global_mapping
-        if implementation in masks:
-            masks[self._name] = masks[implementation]
-        for config in self._configs:
-            config._attn_implementation_internal = self._name
+        """Starts to observe. Raises UserError if the model's attention cannot be observed."""
+        flex = next((name for name in self._implementations if name.startswith("flex")), None)
+        if flex is not None:
+            raise UserError(f"Attention {flex!r} cannot be observed; use model.set_attn_implementation('sdpa').")
+        with _lock:
+            for module, layer in self._layers.items():
+                _observers[module] = (*_observers.get(module, ()), (layer, self._observer))
+            _patch()
 
     def detach(self) -> None:
-        """Puts back what was there before."""
-        for config, implementation in zip(self._configs, self._previous, strict=True):
-            config._attn_implementation_internal = implementation
-        AttentionInterface._global_mapping.pop(self._name, None)
-        AttentionMaskInterface._global_mapping.pop(self._name, None)
+        """Stops to observe."""
+        with _lock:
+            for module in self._layers:
+                left = tuple(pair for pair in _observers.pop(module, ()) if pair[1] is not self._observer)
+                if left:
+                    _observers[module] = left
+            if not _observers:
+                _unpatch()
 
-    def _wrapper(self, implementation: str) -> Callable:
-        registered = AttentionInterface._global_mapping.get(implementation)
 
-        def observed(module, query, key, value, attention_mask, **kwargs):
-            if hasattr(key, "attend"):
-                view, key = key, key.keys
-                result = view.attend(module, query, **kwargs)
-            else:
-                call = registered or sys.modules[type(module).__module__].eager_attention_forward
-                result = call(module, query, key, value, attention_mask, **kwargs)
-            layer = self._layers.get(id(module))
-            if layer is not None:
-                self._on_call(layer, module, query, key, attention_mask, kwargs)
-            return result
+def _patch() -> None:
+    if not _originals:
+        _originals.append(AttentionInterface.get_interface)
+        AttentionInterface.get_interface = _get_interface
 
-        return observed
+
+def _unpatch() -> None:
+    if AttentionInterface.get_interface is _get_interface:
+        AttentionInterface.get_interface = _originals.pop()
+
+
+def _get_interface(table: AttentionInterface, attn_implementation: str, default: Callable) -> Callable:
+    function = _originals[0](table, attn_implementation, default)
+    return functools.partial(_observed, function, attn_implementation)
+
+
+def _observed(function: Callable, kernel: str, module: nn.Module, *args, **options):
+    observers = _observers.get(module)
+    if not observers:
+        return function(module, *args, **options)
+    given = dict(zip(_ARGUMENTS, args, strict=False)) | options
+    key = given["key"]
+    seen = key.keys if hasattr(key, "attend") else key  # an engine cache layer: its keys before the method acts
+    for _, observer in observers:
+        observer.before_attention(module)
+    result = function(module, *args, **options)
+    for layer, observer in observers:
+        observer.after_attention(layer, module, given["query"], seen, given.get("attention_mask"), options, kernel)
+    return result
 
 
 def attention_configs(model: nn.Module) -> list[Any]:
@@ -88,10 +105,19 @@ def attention_configs(model: nn.Module) -> list[Any]:
     return [config for config in configs.values() if getattr(config, "_attn_implementation", None)]
 
 
-def visible_pairs(q_len: int, kv_read: int, batch: int, mask: torch.Tensor | None) -> int | torch.Tensor:
-    """Query-key pairs of one query head that the mask lets through; a device scalar if a mask must be counted."""
+def visible_pairs(
+    q_len: int, kv_read: int, batch: int, mask: torch.Tensor | None, window: int | None = None
+) -> int | torch.Tensor:
+    """Query-key pairs of one query head that the mask lets through; a device scalar if a mask must be counted.
+
+    A mask `[B, N]`, as flash attention takes it, says which keys are no padding; the rest is causal. `window` is that of
+    a kernel which is told the window instead of being given it as a mask.
+    """
     if mask is None:
-        return batch * causal_pairs(q_len, kv_read)
+        return batch * causal_pairs(q_len, kv_read, window)
+    if mask.ndim == 2:
+        padding = (mask[:, -kv_read:] == 0).sum(1).tolist()
+        return sum(causal_pairs(min(q_len, kv_read - empty), kv_read - empty, window) for empty in padding)
     seen = mask[..., :kv_read]
     seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
     per_row = seen.sum() // (seen.shape[0] * seen.shape[1]) if seen.shape[0] == 1 else None

@@ -7,6 +7,8 @@ in bulk later, with no device sync while the model runs.
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,13 +23,22 @@ Choice = tuple[int, int, torch.Tensor, torch.Tensor]
 """Layer, number of experts, chosen experts `[tokens, k]` and their weights `[tokens, k]`."""
 
 
+class _Seen(threading.local):
+    """What one thread's calls chose."""
+
+    def __init__(self):
+        self.choices: list[Choice] = []
+
+
 class RoutingProbe:
     """Hooks every experts module and keeps the choices of each call until `take`."""
 
     def __init__(self, model: nn.Module):
         self._modules = expert_modules(model)
         self._handles: list[RemovableHandle] = []
-        self._seen: list[Choice] = []
+        self._here = _Seen()
+        self.missed = 0
+        """Calls of experts whose choice was not among their arguments."""
 
     def attach(self) -> None:
         """Starts to observe."""
@@ -42,8 +53,8 @@ class RoutingProbe:
         self._handles.clear()
 
     def take(self) -> list[Choice]:
-        """The choices since the last call."""
-        seen, self._seen = self._seen, []
+        """This thread's choices since the last call."""
+        seen, self._here.choices = self._here.choices, []
         return seen
 
     def _observer(self, layer: int) -> Callable[[nn.Module, tuple, dict], None]:
@@ -51,8 +62,10 @@ class RoutingProbe:
 
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
             choice = chosen_experts(args, kwargs)
-            if choice is not None:
-                self._seen.append((layer, num_experts, *choice))
+            if choice is None:
+                self.missed += 1
+            else:
+                self._here.choices.append((layer, num_experts, *choice))
 
         return observe
 
@@ -61,9 +74,11 @@ def chosen_experts(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, t
     """The chosen experts and their weights `[tokens, k]`, among the arguments of an experts module; None if not there."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     index = next((tensor for tensor in tensors if not tensor.is_floating_point()), None)
-    if index is None:
+    if index is None or len(tensors) < 2:
         return None
-    weights = tensors[-1] if tensors[-1] is not index else tensors[-2]
+    weights = (tensors[-1] if tensors[-1] is not index else tensors[-2]).detach()
+    if weights.shape[:-1] != index.shape[:-1]:
+        return None
     if weights.shape != index.shape:
         weights = weights.gather(-1, index)
     return index, weights
@@ -77,8 +92,8 @@ def routing_rows(steps: list[tuple[int, list[Choice]]]) -> Iterator[tuple]:
     choices = [(step, *choice) for step, seen in steps for choice in seen]
     if not choices:
         return
-    experts = torch.cat([index.reshape(-1) for *_, index, _ in choices]).cpu().numpy()
-    weights = torch.cat([weight.reshape(-1).float() for *_, weight in choices]).cpu().numpy()
+    experts = _fetched([index.reshape(-1) for *_, index, _ in choices])
+    weights = _fetched([weight.reshape(-1).float() for *_, weight in choices])
     start = 0
     for step, layer, num_experts, index, _ in choices:
         stop = start + index.numel()
@@ -88,3 +103,9 @@ def routing_rows(steps: list[tuple[int, list[Choice]]]) -> Iterator[tuple]:
         for expert, (num_tokens, weight_sum) in enumerate(zip(tokens.tolist(), sums.tolist(), strict=True)):
             yield step, layer, expert, num_tokens, weight_sum
         start = stop
+
+
+def _fetched(tensors: list[torch.Tensor]) -> np.ndarray:
+    """Flat tensors one after the other, fetched once a run of the same device: a model may be split over several."""
+    runs = [list(run) for _, run in itertools.groupby(tensors, key=lambda tensor: tensor.device)]
+    return torch.cat([torch.cat(run).cpu() for run in runs]).numpy()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,14 +17,20 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedTokenizerBase
 
-from workbench.models.anatomy import anatomy_of
+from workbench.errors import UserError
+from workbench.models.anatomy import anatomy_of, attention_modules, decoder
 from workbench.probes.attention import AttentionProbe, visible_pairs
+from workbench.probes.counting import NestedCounts
 from workbench.probes.environment import environment
 from workbench.probes.importance import ImportanceLog, attention_mass, check_mode, observes
+from workbench.probes.layer_check import LayerCheck
 from workbench.probes.moe import RoutingProbe, routing_rows
+from workbench.probes.observable import check_observable, refuse_compiled
+from workbench.probes.spans import SpanProbe, elapsed_ns, mark, span_rows
+from workbench.probes.step import Step
 from workbench.probes.traffic import eager_traffic
+from workbench.probes.unobserved import is_unobserved
 from workbench.probes.unplaced import UnplacedProbe
-from workbench.trace.schema import phase_of
 from workbench.trace.store import TraceWriter
 from workbench.trace.trace import Trace
 from workbench.trace.traffic import regime
@@ -35,10 +47,13 @@ class Profile:
         model: nn.Module,
         importance: str = "off",
         *,
+        spans: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         out: str | Path | None = None,
     ):
-        self.model = model
+        check_observable(model)
+        self.model: nn.Module | None = model
+        """The model, until the block ends."""
         self.importance = check_mode(importance)
         self.tokenizer = tokenizer
         self.anatomy = anatomy_of(model)
@@ -50,105 +65,211 @@ class Profile:
             "importance": importance,
         }
         self._writer = TraceWriter(meta, Path(out) if out is not None else None)
-        self._attention = AttentionProbe(model, self._on_attention)
         self._routing = RoutingProbe(model)
-        self._unplaced = UnplacedProbe(model)
-        self._handles: list[Any] = []
-        self._pending: list[_Step] = []
-        self._regimes: set[str] = set()
+        self._spans = SpanProbe(model) if spans else None
+        self._detach = ExitStack()
+        self._used = False
+        self._lock = threading.RLock()
+        self._numbers = itertools.count()
+        self._steps: dict[int, Step] = {}
+        """The forward call in progress, by thread."""
+        self._latest: dict[int, Step] = {}
+        """The last call of the decoder alone, by thread: an output head may follow."""
+        self._pending: list[Step] = []
         self._importance = ImportanceLog(self._writer)
-        self._step: _Step | None = None
-        self._num_steps = 0
-        self._own_ns = 0
+        self._regimes: set[str] = set()
+        """The kinds of call seen, whose eager bytes the trace has to know."""
+        self._traffic: dict[str, Any] = {}
+        self._unfinished: list[dict[str, Any]] = []
+        self._notes: dict[str, None] = {}
+        self._own_ns = self._outside = 0
 
     def __enter__(self) -> Profile:
-        try:
-            self._attention.attach()
-            self._routing.attach()
-            self._unplaced.attach()
-            head = self.model.get_output_embeddings()
-            self._handles = [
-                self.model.register_forward_pre_hook(self._before_step, with_kwargs=True, prepend=True),
-                self.model.register_forward_hook(self._after_step, with_kwargs=True),
-                head.register_forward_pre_hook(self._before_head),
-            ]
-        except BaseException:
-            self._detach()
-            raise
+        if self._used:
+            raise UserError("This profile has been used; make a new one with wb.profile(model) for another run.")
+        self._used = True
+        with ExitStack() as stack:
+            self._attach(self.model, stack)
+            self._detach = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._detach()
-        self._resolve()
-        self._importance.flush()
-        self._writer.meta |= self._derived()
+        self._detach.close()
+        for step in self._steps.values():
+            self._leave_unfinished(step)
+        self._conclude()
         overhead = {"own_ns": self._own_ns, "how": "time spent inside the probes' own hooks, summed"}
-        self._writer.close(own_overhead=overhead, **({"error": repr(error)} if error else {}))
+        try:
+            self._resolve()
+            self._importance.flush()
+            self._writer.close(own_overhead=overhead, **self._findings(), **({"error": repr(error)} if error else {}))
+        except UserError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+        finally:
+            self.model = None
+            self._steps.clear()
+            self._latest.clear()
 
     @property
     def trace(self) -> Trace:
         """What was recorded so far."""
         self._resolve()
         self._importance.flush()
-        return Trace(self._writer.meta | self._derived(), self._writer.tables())
+        return Trace({**self._writer.meta, **self._findings()}, self._writer.tables())
 
-    def _derived(self) -> dict[str, Any]:
-        """What a trace's meta says once the run is over."""
-        traffic = eager_traffic(self.model, self._regimes)
-        return {"eager_traffic": traffic, "importance_pooling": self._importance.meta()}
+    def _attach(self, model: nn.Module, stack: ExitStack) -> None:
+        counts = NestedCounts()
+        probes = (
+            AttentionProbe(model, self),
+            self._routing,
+            UnplacedProbe(model, counts, self._on_unplaced),
+            LayerCheck(model, self.anatomy, counts, self._current, self._note),
+            *([self._spans] if self._spans else []),
+        )
+        self._counts = counts
+        stack.callback(counts.clear)
+        for probe in probes:
+            stack.callback(probe.detach)
+            probe.attach()
+        hooks = [model.get_output_embeddings().register_forward_pre_hook(self._before_head)]
+        stack.callback(hooks[0].remove)
+        for layer, module in enumerate(attention_modules(model)):
+            stack.callback(module.register_forward_pre_hook(self._layer_observer(layer)).remove)
+        for module in dict.fromkeys((model, decoder(model))):
+            names = tuple(inspect.signature(module.forward).parameters)
+            before = functools.partial(self._before_step, names)
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
+            stack.callback(module.register_forward_hook(self._after_step, with_kwargs=True, always_call=True).remove)
 
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._unplaced.detach()
-        self._routing.detach()
-        self._attention.detach()
+    def _current(self) -> Step | None:
+        """The forward call in progress on this thread."""
+        return self._steps.get(threading.get_ident())
 
-    def _before_step(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _note(self, sentence: str) -> None:
+        """Says in the trace what was not measured, or not checked."""
+        self._notes[sentence] = None
+
+    def _findings(self) -> dict[str, Any]:
+        """What the trace says of itself."""
+        if self.model is not None:
+            self._traffic = eager_traffic(self.model, self._regimes)
+        return {
+            "unfinished_steps": list(self._unfinished),
+            "notes": list(self._notes),
+            "importance_pooling": self._importance.meta(),
+            "eager_traffic": self._traffic,
+        }
+
+    def _before_step(self, names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_compiling():
+            refuse_compiled()
+        if is_unobserved():
+            return
         own = time.perf_counter_ns()
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        entering = ids if ids is not None else kwargs["inputs_embeds"]
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        thread = threading.get_ident()
+        step = self._steps.get(thread)
+        if step is not None:
+            if step.module is self.model and module is not self.model and not step.in_decoder:
+                step.in_decoder = True
+                return
+            self._leave_unfinished(self._steps.pop(thread))
+        self._counts.clear()
         self._routing.take()
-        self._unplaced.take()
-        self._step = _Step(self._num_steps, entering.shape[0], entering.shape[1], past, ids, kwargs.get("attention_mask"))
-        self._num_steps += 1
-        self._step.start_ns = time.perf_counter_ns()
-        self._own_ns += self._step.start_ns - own
+        if self._spans:
+            self._spans.take()
+        if len(self._pending) >= _STEPS_HELD:
+            self._resolve()
+        given = dict(zip(names, args, strict=False)) | kwargs
+        step = self._begin(module, given)
+        if step is None:
+            return
+        self._steps[thread] = step
+        step.begun = mark(step.device)
+        step.start_ns = time.perf_counter_ns()
+        self._own_ns += step.start_ns - own
+
+    def _begin(self, module: nn.Module, given: dict[str, Any]) -> Step | None:
+        ids = given.get("input_ids")
+        entering = ids if ids is not None else given.get("inputs_embeds")
+        if entering is None:
+            return None
+        cache = given.get("past_key_values")
+        cache = cache if isinstance(cache, Cache) else None
+        mask = given.get("attention_mask")
+        mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        return Step(
+            number=next(self._numbers),
+            module=module,
+            batch=entering.shape[0],
+            q_len=entering.shape[1],
+            past=int(cache.get_seq_length()) if cache is not None else 0,
+            given_cache=cache,
+            device=entering.device,
+            ids=None if ids is None else ids.clone(),  # the caller may write the next tokens into the same tensor
+            mask=mask,
+            padding=None if mask is None else (mask == 0).sum(1),
+        )
 
     def _before_head(self, head: nn.Module, args: tuple) -> None:
-        if self._step is not None:
-            self._step.logits = args[0].shape[:-1].numel()
+        if is_unobserved():
+            return
+        step = self._current() or self._latest.get(threading.get_ident())
+        if step is None or step.written:
+            self._note("The output head was called outside any forward call; that is not in this trace.")
+        else:
+            step.logits += args[0].shape[:-1].numel()
 
-    def _on_attention(self, layer: int, module: nn.Module, query, key, mask, options: dict) -> None:
+    def _layer_observer(self, layer: int) -> Callable[[nn.Module, tuple], None]:
+        def observe(module: nn.Module, args: tuple) -> None:
+            step = self._current()
+            if step is not None:
+                step.ran.append(layer)
+
+        return observe
+
+    def _on_unplaced(self, name: str, flops: int) -> None:
+        step = self._current()
+        if step is not None:
+            step.unattributed.append((name, flops))
+
+    def before_attention(self, module: nn.Module) -> None:
+        """What the attention function computes is measured by its shapes; a layer that is checked leaves it out."""
+        if self._counts.active:
+            self._counts.enter(module)
+
+    def after_attention(self, layer: int, module: nn.Module, query, key, mask, options: dict[str, Any], kernel: str) -> None:
+        """Records a layer's attention call: queries `[B, Hq, Q, D]`, keys `[B, H, N, D]`."""
         own = time.perf_counter_ns()
-        step = self._step
+        self._counts.leave(module)
+        step = self._current()
         if step is None:
+            self._outside += not is_unobserved()
             return
         batch, _, q_len, _ = query.shape
         kv_read = key.shape[2]
-        counted = step.pairs.get((id(mask), kv_read))
+        window = options.get("sliding_window")
+        mask = mask if isinstance(mask, torch.Tensor) else None
+        counted = step.pairs.get((id(mask), kv_read, window))
         if counted is None:
-            counted = step.pairs[id(mask), kv_read] = visible_pairs(q_len, kv_read, batch, mask)
+            counted = step.pairs[id(mask), kv_read, window] = visible_pairs(q_len, kv_read, batch, mask, window)
             step.masks.append(mask)
         kind = "causal" if mask is None else "padded or sliding"
-        step.attention.append((layer, batch, q_len, kv_read, counted, self._attention.implementation, kind))
+        step.attention.append((layer, batch, q_len, kv_read, counted, kernel, kind))
         if observes(self.importance, q_len):
-            step.importance.append((layer, *self._mass(layer, query, key, mask, options)))
+            step.importance.append((layer, *self._mass(step, layer, query, key, mask, options)))
         self._own_ns += time.perf_counter_ns() - own
 
-    def _mass(self, layer: int, query, key, mask, options: dict) -> tuple[torch.Tensor, int]:
-        step = self._step
-        written = step.past + step.q_len
+    def _mass(self, step: Step, layer: int, query, key, mask, options: dict) -> tuple[torch.Tensor, int]:
+        written = step.context
         if key.shape[2] > written:
             key, mask = key[:, :, :written], None if mask is None else mask[..., :written]
         occupied = asking = None
         if mask is not None:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             occupied = seen[:, :1].any(2).expand(key.shape[:3])
-        if step.mask is not None and step.mask.ndim == 2:
+        if step.mask is not None:
             asking = step.mask[:, -step.q_len :].bool()
         return attention_mass(
             self.importance,
@@ -162,114 +283,118 @@ class Profile:
             sinks=options.get("s_aux"),
         )
 
-    def _after_step(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _after_step(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         own = time.perf_counter_ns()
-        step, self._step = self._step, None
+        thread = threading.get_ident()
+        step = self._steps.get(thread)
         if step is None:
             return
-        if step.device.type == "cuda":
-            torch.cuda.synchronize(step.device)
-            own = time.perf_counter_ns()
+        if step.module is not module:
+            step.in_decoder = False
+            return
+        del self._steps[thread]
+        if output is None:  # the call raised
+            self._leave_unfinished(step)
+            return
         step.duration_ns = own - step.start_ns
-        cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
-        step.cache = _cache_facts(cache) if isinstance(cache, Cache) else []
+        step.ended = mark(step.device)
+        if self._spans:
+            step.spans = self._spans.take()
+        cache = getattr(output, "past_key_values", None) or step.given_cache
+        step.cache = self._cache_facts(step, cache) if isinstance(cache, Cache) else []
+        step.attention += list(_unseen_attention(step))
+        step.given_cache = step.mask = None
         step.routing = self._routing.take()
-        step.unplaced = self._unplaced.take()
-        self._pending.append(step)
-        if len(self._pending) >= _STEPS_HELD:
-            self._resolve()
+        self._latest[thread] = step
+        with self._lock:
+            self._pending.append(step)
         self._own_ns += time.perf_counter_ns() - own
+
+    def _leave_unfinished(self, step: Step) -> None:
+        """A call that never came to its end is left out of the tables, and the trace says so."""
+        facts = {"step": step.number, "phase": step.phase, "batch": step.batch, "tokens": step.batch * step.q_len}
+        self._unfinished.append(facts)
+
+    def _conclude(self) -> None:
+        """Notes what was seen that is in no table."""
+        if self._outside:
+            self._note(
+                f"{self._outside} attention calls ran outside any forward call (a layer called by hand, or a backward pass "
+                "that computes them again); they are not in this trace."
+            )
+        if self._routing.missed:
+            self._note(f"{self._routing.missed} calls of experts did not show which were chosen; they are not in this trace.")
+        if next(self._numbers) == 0:
+            self._note("No forward call was seen: the model was not called in the block, or a compiled copy of it was.")
+
+    def _cache_facts(self, step: Step, cache: Cache) -> list[tuple[int, int, int]]:
+        """Layer, held tokens (over rows and kv heads) and bytes really allocated, for every layer of a cache."""
+        facts = []
+        for index, layer in enumerate(cache.layers[: self.anatomy.num_layers]):
+            if hasattr(layer, "physical_bytes"):
+                facts.append((index, layer.held_tokens, layer.physical_bytes))
+                continue
+            keys, allocated = getattr(layer, "keys", None), _allocated_bytes(layer)
+            if allocated is None:
+                self._note(f"What a {type(layer).__name__} holds cannot be read; its cache rows are missing.")
+            elif hasattr(layer, "_quantize"):  # its `keys` are only those not quantised yet
+                heads = self.anatomy.layers[index].attention.num_kv_heads
+                facts.append((index, step.batch * heads * step.context, allocated))
+            elif keys is not None:
+                slots = min(keys.shape[-2], step.context)  # a buffer of fixed size is not full
+                facts.append((index, keys.shape[:-2].numel() * slots, allocated))
+            elif allocated:  # the states of a recurrent layer
+                facts.append((index, 0, allocated))
+        return facts
 
     def _resolve(self) -> None:
         """Turns what waits into rows; the only place where device tensors are fetched."""
-        pending, self._pending = self._pending, []
-        for step in pending:
-            self._write(step)
-        self._writer.extend("routing", routing_rows([(step.number, step.routing) for step in pending]))
-        self._writer.flush(everything=self._writer.directory is not None)
+        with self._lock:
+            pending, self._pending = self._pending, []
+            for step in pending:
+                self._write(step)
+            self._writer.extend("routing", routing_rows([(step.number, step.routing) for step in pending]))
+            self._writer.flush(everything=self._writer.directory is not None)
 
-    def _write(self, step: _Step) -> None:
+    def _write(self, step: Step) -> None:
         add = self._writer.add
         tokens = step.batch * step.q_len
-        phase = phase_of(step.q_len, step.past)
-        context = step.past + step.q_len
-        self._regimes.add(regime(phase, step.batch, step.mask is not None))
-        add(
-            "steps",
-            step.number,
-            phase,
-            step.batch,
-            tokens,
-            context,
-            step.logits,
-            step.mask is not None,
-            step.start_ns,
-            step.duration_ns,
-            None,
-            "dense",
-        )
+        self._regimes.add(regime(step.phase, step.batch, step.padding is not None))
+        timing = (step.start_ns, step.duration_ns, elapsed_ns(step.begun, step.ended))
+        counts = (step.batch, tokens, step.context, step.logits, step.padding is not None)
+        add("steps", step.number, step.phase, *counts, *timing, "dense")
+        self._writer.extend("spans", span_rows(step.number, step.spans))
+        step.written = True
         for layer, batch, q_len, kv_read, pairs, kernel, kind in step.attention:
-            held = kv_read if step.cache else 0
+            held = min(kv_read, step.context) if step.cache else 0
             add("attention", step.number, layer, batch, q_len, kv_read, held, int(pairs), kernel, kind)
-        for layer in sorted(set(range(self.anatomy.num_layers)) - {row[0] for row in step.attention}):
-            self._write_unseen_attention(step, layer)
         for layer, held, physical_bytes in step.cache:
             attention = self.anatomy.layers[layer].attention
             a_token = attention.cached_elements * self.anatomy.element_bytes
-            nominal = step.batch * context * a_token
+            nominal = step.batch * step.context * a_token
             add("cache", step.number, layer, "append", tokens, held, physical_bytes, nominal, 0, 0)
-        self._writer.extend("unattributed", ((step.number, *call) for call in step.unplaced))
+        self._writer.extend("unattributed", ((step.number, *call) for call in step.unattributed))
         for layer, mass, window in step.importance:
-            start = step.past + step.q_len - mass.shape[-1]
-            self._importance.add(step.number, layer, start, mass, window, phase == "decode")
-        self._write_tokens(step, phase)
+            start = step.context - mass.shape[-1]
+            self._importance.add(step.number, layer, start, mass, window, step.phase == "decode")
+        self._write_tokens(step)
 
-    def _write_unseen_attention(self, step: _Step, layer: int) -> None:
-        """A layer whose attention does not go through transformers' interface: counted from the sizes of the call."""
-        context = step.past + step.q_len
-        pairs = visible_pairs(step.q_len, context, step.batch, None)
-        held = context if step.cache else 0
-        row = (step.batch, step.q_len, context, held, pairs, "of the model's own", "assumed causal")
-        self._writer.add("attention", step.number, layer, *row)
-
-    def _write_tokens(self, step: _Step, phase: str) -> None:
+    def _write_tokens(self, step: Step) -> None:
         if step.ids is None:
             return
-        mask = step.mask
+        padding = [0] * step.batch if step.padding is None else step.padding.tolist()
         for row, ids in enumerate(step.ids.tolist()):
-            padding = 0
-            if mask is not None and mask.ndim == 2:
-                padding = int((mask[row] == 0).sum())
-            for offset, token in enumerate(ids):
-                position = step.past + offset - padding
+            for position, token in enumerate(ids, step.past - padding[row]):
                 if position >= 0:
                     text = self.tokenizer.decode([token]) if self.tokenizer is not None else None
-                    self._writer.add("tokens", step.number, row, position, token, text, None, None, phase)
-
-
-class _Step:
-    """What is known of one forward call, some of it still on the device."""
-
-    def __init__(self, number: int, batch: int, q_len: int, past: int, ids: torch.Tensor | None, mask: Any):
-        self.number, self.batch, self.q_len, self.past = number, batch, q_len, past
-        self.ids = ids
-        self.device = ids.device if ids is not None else torch.device("cpu")
-        self.mask = mask if isinstance(mask, torch.Tensor) else None
-        self.logits = 0
-        self.start_ns = self.duration_ns = 0
-        self.attention: list[tuple] = []
-        self.cache: list[tuple[int, int, int]] = []
-        self.routing: list[tuple] = []
-        self.unplaced: list[tuple[str, int]] = []
-        self.importance: list[tuple] = []
-        self.pairs: dict[tuple[int, int], int | torch.Tensor] = {}
-        self.masks: list[torch.Tensor | None] = []
+                    self._writer.add("tokens", step.number, row, position, token, text, None, None, step.phase)
 
 
 def profile(
     model: nn.Module,
     importance: str = "off",
     *,
+    spans: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
 ) -> Profile:
@@ -279,22 +404,32 @@ def profile(
         model: any `transformers` causal LM; it may be called by `forward`, `generate` or a loop of your own.
         importance: `off`; `decode` (attention mass of each decoded token); `window` (of the last 32 queries of a prompt
             too); `full` (of all queries).
+        spans: times every layer and its parts too (table `spans`), which costs two hooks a module.
         tokenizer: writes tokens as text into the trace.
         out: directory to stream the trace to; a killed process leaves a readable trace there.
 
     Raises:
         UserError: if the model is no causal LM or its attention cannot be observed.
     """
-    return Profile(model, importance, tokenizer=tokenizer, out=out)
+    return Profile(model, importance, spans=spans, tokenizer=tokenizer, out=out)
 
 
-def _cache_facts(cache: Cache) -> list[tuple[int, int, int]]:
-    """Layer, held tokens (over rows and kv heads) and bytes really allocated, for every layer of a cache."""
-    facts = []
-    for index, layer in enumerate(cache.layers):
-        if hasattr(layer, "physical_bytes"):
-            facts.append((index, layer.held_tokens, layer.physical_bytes))
-        elif isinstance(getattr(layer, "keys", None), torch.Tensor):
-            allocated = sum(tensor.untyped_storage().nbytes() for tensor in (layer.keys, layer.values))
-            facts.append((index, layer.keys.shape[:3].numel(), allocated))
-    return facts
+def _unseen_attention(step: Step) -> Iterator[tuple]:
+    """Attention rows of layers that ran, and whose attention does not go through transformers' interface."""
+    seen = {row[0] for row in step.attention}
+    for layer in step.ran:
+        if layer in step.unknown_attention:
+            yield layer, step.batch, step.q_len, 0, 0, "of the model's own", "unknown"
+        elif layer not in seen:
+            pairs = visible_pairs(step.q_len, step.context, step.batch, None)
+            yield layer, step.batch, step.q_len, step.slots_read(layer), pairs, "of the model's own", "assumed causal"
+
+
+def _allocated_bytes(layer: Any) -> int | None:
+    """Bytes of what a cache layer holds: keys and values, or states. None where a tensor hides how it is stored."""
+    parts = [part for value in vars(layer).values() for part in (value if isinstance(value, list | tuple) else [value])]
+    tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.ndim > 1]
+    if any(type(tensor) is not torch.Tensor for tensor in tensors):
+        return None
+    stores = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(stores.values())

@@ -45,7 +45,7 @@ class SpanProbe:
 
     def __init__(self, model: nn.Module):
         self._modules = span_modules(model)
-        self._on_gpu = model.device.type == "cuda"
+        self._device = model.device
         self._handles: list[RemovableHandle] = []
         self._thread = threading.local()
 
@@ -70,7 +70,7 @@ class SpanProbe:
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
         if hasattr(self._thread, "begun"):
-            self._thread.begun.append((module, time.perf_counter_ns(), self._mark()))
+            self._thread.begun.append((module, time.perf_counter_ns(), mark(self._device)))
 
     def _leaver(self, name: str, layer: int):
         def leave(module: nn.Module, args: tuple, output: Any) -> None:
@@ -78,18 +78,20 @@ class SpanProbe:
             while begun:
                 entered, start_ns, event = begun.pop()
                 if entered is module:
-                    span = (name, layer, start_ns, time.perf_counter_ns() - start_ns, event, self._mark())
+                    span = (name, layer, start_ns, time.perf_counter_ns() - start_ns, event, mark(self._device))
                     self._thread.seen.append(span)
                     return
 
         return leave
 
-    def _mark(self) -> torch.cuda.Event | None:
-        if not self._on_gpu:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """An event that the GPU reaches when it has done what was asked of it so far; None off CUDA."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def elapsed_ns(begun: Any, ended: Any) -> int | None:
