@@ -76,6 +76,7 @@ def profile(
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
     method: Annotated[str, typer.Option(help="NAME:knob=value,knob=value; see `workbench methods`.")] = "dense",
     importance: Annotated[str, typer.Option(help="off, decode, window or full: record attention mass by position.")] = "off",
+    spans: Annotated[bool, typer.Option(help="Time every layer and its parts too.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the trace.")] = Path("run.trace"),
     as_json: Json = False,
 ) -> None:
@@ -97,7 +98,7 @@ def profile(
         raise UserError(
             f"{len(ids)} prompt tokens and {new_tokens} new ones do not fit {model}, whose context is {limit}; shorten either."
         )
-    session = Session(lm, chosen, importance=importance, out=out)
+    session = Session(lm, chosen, importance=importance, spans=spans, out=out)
     with _progress(as_json) as advance:
         session.prefill(ids)
         done = 0

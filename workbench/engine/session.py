@@ -28,6 +28,7 @@ from workbench.probes.attention import attention_configs
 from workbench.probes.environment import environment
 from workbench.probes.importance import ImportanceLog, check_mode
 from workbench.probes.moe import Choice, RoutingProbe, routing_rows
+from workbench.probes.spans import SpanProbe, span_rows
 from workbench.probes.traffic import eager_traffic
 from workbench.trace.store import TraceWriter
 from workbench.trace.trace import Trace
@@ -66,6 +67,7 @@ class Session:
         setup: Setup | Method | Iterable[Method] | None = None,
         *,
         importance: str = "off",
+        spans: bool = False,
         out: str | Path | None = None,
     ):
         """Nothing runs before `prefill`.
@@ -74,6 +76,7 @@ class Session:
             lm: the model.
             setup: a setup, a method or several; None is dense.
             importance: `off`, `decode`, `window` or `full`, as in `wb.profile`.
+            spans: times every layer and its parts too, as in `wb.profile`.
             out: directory to stream the trace to; a killed process leaves a readable trace there.
         """
         self.lm = lm
@@ -89,6 +92,7 @@ class Session:
         self._call = Call(TraceWriter(meta, Path(out) if out is not None else None), step=-1, importance=importance)
         self._cache = engine_cache(lm.anatomy, self.setup.cache, self._call)
         self._routing = RoutingProbe(lm.model)
+        self._spans = SpanProbe(lm.model) if spans else None
         self._choices: list[tuple[int, list[Choice]]] = []
         self._configs = attention_configs(lm.model)
         self._device, self._pad = lm.device, lm.pad_token
@@ -206,6 +210,7 @@ class Session:
         other._call.seen = list(self._call.seen)
         other._cache = type(self._cache)(layers=[layer.clone(other._call) for layer in self._cache.layers])
         other._routing, other._choices = RoutingProbe(self.lm.model), []
+        other._spans = SpanProbe(self.lm.model) if self._spans else None
         other._regimes = set()
         other._importance = ImportanceLog(other._call.writer)
         other._tokens = self.tokens
@@ -242,6 +247,8 @@ class Session:
         call.positions = positions.clamp_(min=-1) if call.has_padding else positions
         call.seen = [seen + len(row) for seen, row in zip(past, rows, strict=True)]
         with self._attached():
+            if self._spans:
+                self._spans.take()
             started = time.perf_counter_ns()
             out = self.lm.model(
                 input_ids=ids,
@@ -264,11 +271,14 @@ class Session:
     @contextmanager
     def _attached(self):
         with engine_attention(self._configs):
-            self._routing.attach()
+            probes = [self._routing, *([self._spans] if self._spans else [])]
             try:
+                for probe in probes:
+                    probe.attach()
                 yield
             finally:
-                self._routing.detach()
+                for probe in probes:
+                    probe.detach()
 
     def _record(self, rows: list[list[int]], logits_length: int, started: int, duration: int) -> None:
         call = self._call
@@ -283,6 +293,8 @@ class Session:
         for layer, mass, window in call.masses:
             self._importance.add(call.step, layer, 0, mass, window, call.phase == "decode")
         call.masses.clear()
+        if self._spans:
+            call.writer.extend("spans", span_rows(call.step, self._spans.take()))
         self._record_tokens(rows)
         if len(self._choices) >= _STEPS_HELD or call.phase == "prefill":
             self._resolve()

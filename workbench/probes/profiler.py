@@ -108,7 +108,7 @@ class Profile:
                 raise
             error.add_note(str(failure))
         finally:
-            self.model = None
+            self.model = self._spans = None
             self._steps.clear()
             self._latest.clear()
 

@@ -60,7 +60,6 @@ class SpanProbe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._modules = {}
 
     def take(self) -> list[Span]:
         """The spans of this thread since the last call. What was begun and not ended is dropped."""

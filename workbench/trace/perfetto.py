@@ -1,4 +1,4 @@
-"""A trace as Chrome/Perfetto JSON: a slice a forward call, and counter tracks for cache bytes, FLOPs and expert load.
+"""A trace as Chrome/Perfetto JSON: slices for forward calls and spans, counter tracks for cache bytes, FLOPs, expert load.
 
 Format: the trace event format, which chrome://tracing and ui.perfetto.dev open; times are microseconds.
 """
@@ -9,6 +9,8 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from workbench.errors import UserError
 from workbench.trace.trace import Trace
@@ -50,6 +52,18 @@ def events(trace: Trace) -> list[dict[str, Any]]:
         }
         for row in steps.itertuples()
     ]
+    for row in trace.table("spans").itertuples():
+        slices.append(
+            {
+                "name": row.name if row.layer < 0 else f"{row.name} {row.layer}",
+                "ph": "X",
+                "ts": (row.start_ns - origin_ns) / 1000,
+                "dur": row.duration_ns / 1000,
+                "pid": 0,
+                "tid": 0,
+                "args": {"step": row.step, "device_ns": None if pd.isna(row.device_ns) else int(row.device_ns)},
+            }
+        )
     counters = []
     held = trace.table("cache").groupby(["step", "layer"]).last().groupby("step")[["physical_bytes", "nominal_bytes"]].sum()
     for step, row in held.iterrows():
