@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from workbench.cost.energy import phase_joules
 from workbench.trace.schema import PHASES
 
 if TYPE_CHECKING:
@@ -36,16 +37,21 @@ def cache_bytes(trace: Trace) -> pd.DataFrame:
 
 
 def phase_summary(trace: Trace) -> pd.DataFrame:
-    """One row a phase: steps, tokens, measured seconds, modelled FLOPs and fused bytes, cache bytes at the phase's end."""
+    """One row a phase: steps, tokens, measured seconds, modelled FLOPs and fused bytes, cache bytes at the phase's end.
+
+    Joules are measured, of all sampled GPUs together, or null with the reason; `trace.energy()` has them by device.
+    """
     steps = trace.table("steps")
     flops = trace.flops(by="phase").set_index("phase")["flops"]
     moved = trace.bytes(by="phase").set_index("phase")["bytes"]
     held = cache_bytes(trace).merge(steps[["step", "phase"]], on="step").groupby("phase").last()
+    energy = phase_joules(trace)
     rows = []
     for phase in PHASES:
         of_phase = steps[steps["phase"] == phase]
         if of_phase.empty:
             continue
+        joules, joules_reason = energy[phase]
         rows.append(
             {
                 "phase": phase,
@@ -56,6 +62,8 @@ def phase_summary(trace: Trace) -> pd.DataFrame:
                 "bytes": int(moved.get(phase, 0)),
                 "kv_physical_bytes": int(held["physical_bytes"].get(phase, 0)),
                 "kv_nominal_bytes": int(held["nominal_bytes"].get(phase, 0)),
+                "joules": joules,
+                "joules_reason": joules_reason,
             }
         )
     return pd.DataFrame(rows)

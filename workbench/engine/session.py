@@ -25,6 +25,7 @@ from workbench.engine.setup import Method, Setup
 from workbench.errors import UserError
 from workbench.models.anatomy import accepts_logits_to_keep
 from workbench.probes.attention import attention_configs
+from workbench.probes.device import device_sampler
 from workbench.probes.environment import environment
 from workbench.probes.importance import ImportanceLog, check_mode
 from workbench.probes.moe import Choice, RoutingProbe, routing_rows
@@ -67,6 +68,7 @@ class Session:
         *,
         importance: str = "off",
         out: str | Path | None = None,
+        device_period_s: float | None = None,
     ):
         """Nothing runs before `prefill`.
 
@@ -75,16 +77,19 @@ class Session:
             setup: a setup, a method or several; None is dense.
             importance: `off`, `decode`, `window` or `full`, as in `wb.profile`.
             out: directory to stream the trace to; a killed process leaves a readable trace there.
+            device_period_s: seconds between samples of the GPUs while the model runs, as in `wb.profile`.
         """
         self.lm = lm
         self.setup = Setup.of(setup)
         check_engine(lm.model, lm.anatomy)
+        self._devices = device_sampler(lm.model, device_period_s)
         meta = {
             "anatomy": lm.anatomy.to_dict(),
             "setup": self.setup.label,
             "environment": environment(),
             "clock": "perf_counter_ns",
             "importance": check_mode(importance),
+            "device_period_s": self._devices.period_s,
         }
         self._call = Call(TraceWriter(meta, Path(out) if out is not None else None), step=-1, importance=importance)
         self._cache = engine_cache(lm.anatomy, self.setup.cache, self._call)
@@ -114,6 +119,7 @@ class Session:
     @property
     def trace(self) -> Trace:
         """What was recorded so far."""
+        self._devices.sample()
         self._resolve()
         writer = self._call.writer
         self._importance.flush()
@@ -208,11 +214,13 @@ class Session:
         other._routing, other._choices = RoutingProbe(self.lm.model), []
         other._regimes = set()
         other._importance = ImportanceLog(other._call.writer)
+        other._devices = self._devices.another()
         other._tokens = self.tokens
         return other
 
     def close(self) -> None:
-        """Ends the trace on disk, if the session writes one."""
+        """Ends the sampling of devices and the trace on disk, if the session writes one."""
+        self._devices.stop()
         self._resolve()
         self._importance.flush()
         self._call.writer.close(**self._derived())
@@ -263,11 +271,13 @@ class Session:
 
     @contextmanager
     def _attached(self):
+        self._devices.start()
         with engine_attention(self._configs):
             self._routing.attach()
             try:
                 yield
             finally:
+                self._devices.pause()
                 self._routing.detach()
 
     def _record(self, rows: list[list[int]], logits_length: int, started: int, duration: int) -> None:
@@ -289,9 +299,10 @@ class Session:
             call.writer.flush(everything=call.writer.directory is not None)
 
     def _resolve(self) -> None:
-        """Turns what waits on the device into rows."""
+        """Turns what waits on the device into rows, and fetches the samples of the devices."""
         choices, self._choices = self._choices, []
         self._call.writer.extend("routing", routing_rows(choices))
+        self._call.writer.extend("device", self._devices.rows())
 
     def _record_tokens(self, rows: list[list[int]]) -> None:
         """Writes the new tokens. How likely the first of them was follows from the logits before this call."""

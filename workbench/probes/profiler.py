@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 
 from workbench.models.anatomy import anatomy_of
 from workbench.probes.attention import AttentionProbe, visible_pairs
+from workbench.probes.device import device_sampler
 from workbench.probes.environment import environment
 from workbench.probes.importance import ImportanceLog, attention_mass, check_mode, observes
 from workbench.probes.moe import RoutingProbe, routing_rows
@@ -37,17 +38,20 @@ class Profile:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         out: str | Path | None = None,
+        device_period_s: float | None = None,
     ):
         self.model = model
         self.importance = check_mode(importance)
         self.tokenizer = tokenizer
         self.anatomy = anatomy_of(model)
+        self._devices = device_sampler(model, device_period_s)
         meta = {
             "anatomy": self.anatomy.to_dict(),
             "setup": "dense",
             "environment": environment(),
             "clock": "perf_counter_ns",
             "importance": importance,
+            "device_period_s": self._devices.period_s,
         }
         self._writer = TraceWriter(meta, Path(out) if out is not None else None)
         self._attention = AttentionProbe(model, self._on_attention)
@@ -72,6 +76,7 @@ class Profile:
                 self.model.register_forward_hook(self._after_step, with_kwargs=True),
                 head.register_forward_pre_hook(self._before_head),
             ]
+            self._devices.start()
         except BaseException:
             self._detach()
             raise
@@ -79,6 +84,7 @@ class Profile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._detach()
+        self._devices.stop()
         self._resolve()
         self._importance.flush()
         self._writer.meta |= self._derived()
@@ -186,6 +192,7 @@ class Profile:
         for step in pending:
             self._write(step)
         self._writer.extend("routing", routing_rows([(step.number, step.routing) for step in pending]))
+        self._writer.extend("device", self._devices.rows())
         self._writer.flush(everything=self._writer.directory is not None)
 
     def _write(self, step: _Step) -> None:
@@ -272,6 +279,7 @@ def profile(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
+    device_period_s: float | None = None,
 ) -> Profile:
     """Records a trace of everything a model does inside the `with` block.
 
@@ -281,11 +289,13 @@ def profile(
             too); `full` (of all queries).
         tokenizer: writes tokens as text into the trace.
         out: directory to stream the trace to; a killed process leaves a readable trace there.
+        device_period_s: seconds between samples of the GPUs. None is 0.1 for a model on CUDA and no sampling elsewhere; a
+            model off CUDA with a period has every GPU sampled that NVML lists; `math.inf` switches it off.
 
     Raises:
-        UserError: if the model is no causal LM or its attention cannot be observed.
+        UserError: if the model is no causal LM, its attention cannot be observed, or the period is none.
     """
-    return Profile(model, importance, tokenizer=tokenizer, out=out)
+    return Profile(model, importance, tokenizer=tokenizer, out=out, device_period_s=device_period_s)
 
 
 def _cache_facts(cache: Cache) -> list[tuple[int, int, int]]:
