@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 import workbench as wb
 from workbench.testing import RANDOM_MODELS
+
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other slow them down on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,11 @@ def test_methods_of_a_slot_do_not_import_each_other():
             assert module not in siblings - {allowed}, f"{path.name} imports {module}"
 
 
+def test_one_file_talks_to_nvml():
+    callers = [path.name for path in MODULES if "pynvml" in [module for module, _ in imports(path)]]
+    assert callers == ["nvml.py"]
+
+
 def test_kernels_is_no_package():
     assert not (ROOT / "kernels/__init__.py").exists()
     assert not (ROOT / "tests/kernels").exists()

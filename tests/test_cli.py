@@ -77,7 +77,7 @@ def test_export(run, tmp_path):
     assert run("export", "run.trace", "--out", "tables", "--format", "csv")[0] == 0
     assert (tmp_path / "tables" / "steps.csv").exists()
     meta = tmp_path / "run.trace" / "meta.json"
-    meta.write_text(meta.read_text().replace('"format_version": 1', '"format_version": 7'))
+    meta.write_text(meta.read_text().replace('"format_version": 2', '"format_version": 7'))
     code, _, err = run("export", "run.trace", "--out", "other.json")
     assert code == 2 and "trace format 7" in err and not (tmp_path / "other.json").exists()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from workbench.probes import nvml
 from workbench.probes.environment import environment
 
 EXTRAS = {"notebook": "jupyterlab", "dashboard": "streamlit", "gemma": "gguf", "sweep": "ray"}
@@ -41,13 +42,10 @@ def _cuda() -> str:
 
 
 def _nvml() -> str:
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        raise RuntimeError(f"NVML: {error}; power and energy are reported as null") from None
-    return f"driver {pynvml.nvmlSystemGetDriverVersion()}, {pynvml.nvmlDeviceGetCount()} GPUs"
+        return nvml.describe()
+    except nvml.NVMLError as error:
+        raise RuntimeError(f"NVML: {nvml.explain(error)}; power and energy are reported as null") from None
 
 
 def _triton() -> str:

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from workbench.cost.durations import step_ns
+from workbench.cost.energy import phase_joules
 from workbench.trace.schema import PHASES
 
 if TYPE_CHECKING:
     from workbench.trace.trace import Trace
-
-
-def step_ns(steps: pd.DataFrame) -> pd.Series:
-    """How long each forward call took: by the GPU's own clock where there is one, since calls return before it is done."""
-    return steps["device_ns"].astype("Int64").fillna(steps["duration_ns"].astype("Int64"))
 
 
 def ttft_ns(trace: Trace) -> int | None:
@@ -41,16 +38,21 @@ def cache_bytes(trace: Trace) -> pd.DataFrame:
 
 
 def phase_summary(trace: Trace) -> pd.DataFrame:
-    """One row a phase: steps, tokens, measured seconds, modelled FLOPs and fused bytes, cache bytes at the phase's end."""
+    """One row a phase: steps, tokens, measured seconds, modelled FLOPs and fused bytes, cache bytes at the phase's end.
+
+    Joules are measured, of all sampled GPUs together, or null with the reason; `trace.energy()` has them by device.
+    """
     steps = trace.table("steps")
     flops = trace.flops(by="phase").set_index("phase")["flops"]
     moved = trace.bytes(by="phase").set_index("phase")["bytes"]
     held = cache_bytes(trace).merge(steps[["step", "phase"]], on="step").groupby("phase").last()
+    energy = phase_joules(trace)
     rows = []
     for phase in PHASES:
         of_phase = steps[steps["phase"] == phase]
         if of_phase.empty:
             continue
+        joules, joules_reason = energy[phase]
         rows.append(
             {
                 "phase": phase,
@@ -61,6 +63,8 @@ def phase_summary(trace: Trace) -> pd.DataFrame:
                 "bytes": int(moved.get(phase, 0)),
                 "kv_physical_bytes": int(held["physical_bytes"].get(phase, 0)),
                 "kv_nominal_bytes": int(held["nominal_bytes"].get(phase, 0)),
+                "joules": joules,
+                "joules_reason": joules_reason,
             }
         )
     return pd.DataFrame(rows)

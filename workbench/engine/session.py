@@ -25,6 +25,7 @@ from workbench.engine.setup import Method, Setup
 from workbench.errors import UserError
 from workbench.models.anatomy import accepts_logits_to_keep
 from workbench.probes.attention import attention_configs
+from workbench.probes.device import device_sampler
 from workbench.probes.environment import environment
 from workbench.probes.importance import ImportanceLog, check_mode
 from workbench.probes.moe import Choice, RoutingProbe, routing_rows
@@ -69,6 +70,7 @@ class Session:
         importance: str = "off",
         spans: bool = False,
         out: str | Path | None = None,
+        device_period_s: float | None = None,
     ):
         """Nothing runs before `prefill`.
 
@@ -78,16 +80,19 @@ class Session:
             importance: `off`, `decode`, `window` or `full`, as in `wb.profile`.
             spans: times every layer and its parts too, as in `wb.profile`.
             out: directory to stream the trace to; a killed process leaves a readable trace there.
+            device_period_s: seconds between samples of the GPUs while the model runs, as in `wb.profile`.
         """
         self.lm = lm
         self.setup = Setup.of(setup)
         check_engine(lm.model, lm.anatomy)
+        self._devices = device_sampler(lm.model, device_period_s)
         meta = {
             "anatomy": lm.anatomy.to_dict(),
             "setup": self.setup.label,
             "environment": environment(),
             "clock": "perf_counter_ns",
             "importance": check_mode(importance),
+            "device_period_s": self._devices.period_s,
         }
         self._call = Call(TraceWriter(meta, Path(out) if out is not None else None), step=-1, importance=importance)
         self._cache = engine_cache(lm.anatomy, self.setup.cache, self._call)
@@ -118,6 +123,7 @@ class Session:
     @property
     def trace(self) -> Trace:
         """What was recorded so far."""
+        self._devices.sample()
         self._resolve()
         writer = self._call.writer
         self._importance.flush()
@@ -213,11 +219,13 @@ class Session:
         other._spans = SpanProbe(self.lm.model) if self._spans else None
         other._regimes = set()
         other._importance = ImportanceLog(other._call.writer)
+        other._devices = self._devices.another()
         other._tokens = self.tokens
         return other
 
     def close(self) -> None:
-        """Ends the trace on disk, if the session writes one."""
+        """Ends the sampling of devices and the trace on disk, if the session writes one."""
+        self._devices.stop()
         self._resolve()
         self._importance.flush()
         self._call.writer.close(**self._derived())
@@ -270,6 +278,7 @@ class Session:
 
     @contextmanager
     def _attached(self):
+        self._devices.start()
         with engine_attention(self._configs):
             probes = [self._routing, *([self._spans] if self._spans else [])]
             try:
@@ -277,6 +286,7 @@ class Session:
                     probe.attach()
                 yield
             finally:
+                self._devices.pause()
                 for probe in probes:
                     probe.detach()
 
@@ -301,9 +311,10 @@ class Session:
             call.writer.flush(everything=call.writer.directory is not None)
 
     def _resolve(self) -> None:
-        """Turns what waits on the device into rows."""
+        """Turns what waits on the device into rows, and fetches the samples of the devices."""
         choices, self._choices = self._choices, []
         self._call.writer.extend("routing", routing_rows(choices))
+        self._call.writer.extend("device", self._devices.rows())
 
     def _record_tokens(self, rows: list[list[int]]) -> None:
         """Writes the new tokens. How likely the first of them was follows from the logits before this call."""

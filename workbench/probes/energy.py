@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-COUNTER_PERIOD_S = 0.1
-"""NVML's energy counter may refresh at 10 Hz."""
-SHORTEST_S = 10 * COUNTER_PERIOD_S
+from workbench.probes import nvml
+from workbench.trace.schema import ENERGY_PERIOD_S, ENERGY_PERIODS
+
+SHORTEST_S = ENERGY_PERIODS * ENERGY_PERIOD_S
 
 
 @dataclass
@@ -30,13 +31,16 @@ def energy(device: torch.device) -> Iterator[Energy]:
         reading.reason = f"no energy counter is read for device {device.type!r}"
         yield reading
         return
+    torch.cuda.synchronize(device)
     before, reading.reason = _counter_mj(device)
     started = time.perf_counter()
     yield reading
     torch.cuda.synchronize(device)
     elapsed = time.perf_counter() - started
-    after, _ = _counter_mj(device)
-    if before is None or after is None:
+    if before is None:
+        return
+    after, reading.reason = _counter_mj(device)
+    if after is None:
         return
     if elapsed < SHORTEST_S:
         reading.reason = f"{elapsed:.2f} s is shorter than ten periods of the energy counter ({SHORTEST_S:.0f} s)"
@@ -45,12 +49,9 @@ def energy(device: torch.device) -> Iterator[Energy]:
 
 
 def _counter_mj(device: torch.device) -> tuple[int | None, str | None]:
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), None
-    except pynvml.NVMLError as error:
-        return None, f"NVML: {error}"
+        with nvml.opened():
+            gpu = nvml.gpu_of(device)
+            return (None, gpu.reason) if gpu.handle is None else (nvml.energy_mj(gpu), None)
+    except nvml.NVMLError as error:
+        return None, f"NVML: {nvml.explain(error)}"

@@ -21,6 +21,7 @@ from workbench.errors import UserError
 from workbench.models.anatomy import anatomy_of, attention_modules, decoder
 from workbench.probes.attention import AttentionProbe, visible_pairs
 from workbench.probes.counting import NestedCounts
+from workbench.probes.device import device_sampler
 from workbench.probes.environment import environment
 from workbench.probes.importance import ImportanceLog, attention_mass, check_mode, observes
 from workbench.probes.layer_check import LayerCheck
@@ -50,6 +51,7 @@ class Profile:
         spans: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         out: str | Path | None = None,
+        device_period_s: float | None = None,
     ):
         check_observable(model)
         self.model: nn.Module | None = model
@@ -57,12 +59,14 @@ class Profile:
         self.importance = check_mode(importance)
         self.tokenizer = tokenizer
         self.anatomy = anatomy_of(model)
+        self._devices = device_sampler(model, device_period_s)
         meta = {
             "anatomy": self.anatomy.to_dict(),
             "setup": "dense",
             "environment": environment(),
             "clock": "perf_counter_ns",
             "importance": importance,
+            "device_period_s": self._devices.period_s,
         }
         self._writer = TraceWriter(meta, Path(out) if out is not None else None)
         self._routing = RoutingProbe(model)
@@ -89,6 +93,8 @@ class Profile:
             raise UserError("This profile has been used; make a new one with wb.profile(model) for another run.")
         self._used = True
         with ExitStack() as stack:
+            stack.callback(self._devices.stop)
+            self._devices.start()
             self._attach(self.model, stack)
             self._detach = stack.pop_all()
         return self
@@ -354,6 +360,7 @@ class Profile:
             for step in pending:
                 self._write(step)
             self._writer.extend("routing", routing_rows([(step.number, step.routing) for step in pending]))
+            self._writer.extend("device", self._devices.rows())
             self._writer.flush(everything=self._writer.directory is not None)
 
     def _write(self, step: Step) -> None:
@@ -397,6 +404,7 @@ def profile(
     spans: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
+    device_period_s: float | None = None,
 ) -> Profile:
     """Records a trace of everything a model does inside the `with` block.
 
@@ -407,11 +415,13 @@ def profile(
         spans: times every layer and its parts too (table `spans`), which costs two hooks a module.
         tokenizer: writes tokens as text into the trace.
         out: directory to stream the trace to; a killed process leaves a readable trace there.
+        device_period_s: seconds between samples of the GPUs. None is 0.1 for a model on CUDA and no sampling elsewhere; a
+            model off CUDA with a period has every GPU sampled that NVML lists; `math.inf` switches it off.
 
     Raises:
-        UserError: if the model is no causal LM or its attention cannot be observed.
+        UserError: if the model is no causal LM, its attention cannot be observed, or the period is none.
     """
-    return Profile(model, importance, spans=spans, tokenizer=tokenizer, out=out)
+    return Profile(model, importance, spans=spans, tokenizer=tokenizer, out=out, device_period_s=device_period_s)
 
 
 def _unseen_attention(step: Step) -> Iterator[tuple]:

@@ -1,4 +1,6 @@
-"""A trace as Chrome/Perfetto JSON: slices for forward calls and spans, counter tracks for cache bytes, FLOPs, expert load.
+"""A trace as Chrome/Perfetto JSON: slices for forward calls and spans, and counter tracks.
+
+The tracks are cache bytes, FLOPs, expert load, and for each sampled GPU its power, memory and utilisation.
 
 Format: the trace event format, which chrome://tracing and ui.perfetto.dev open; times are microseconds.
 """
@@ -14,6 +16,13 @@ import pandas as pd
 
 from workbench.errors import UserError
 from workbench.trace.trace import Trace
+
+_DEVICE_TRACKS = {
+    "power": ("power_mw",),
+    "memory": ("used_bytes", "allocated_bytes", "reserved_bytes"),
+    "utilisation": ("util_percent", "memory_util_percent"),
+}
+_DEVICE_COLUMNS = [column for columns in _DEVICE_TRACKS.values() for column in columns]
 
 
 def write_perfetto(trace: Trace, path: Path) -> Path:
@@ -38,7 +47,8 @@ def events(trace: Trace) -> list[dict[str, Any]]:
     steps = trace.table("steps")
     if steps.empty:
         return []
-    origin_ns = int(steps["start_ns"].min())
+    samples = trace.table("device").dropna(subset=_DEVICE_COLUMNS, how="all")
+    origin_ns = int(pd.concat([steps["start_ns"], samples["t_ns"]]).min())
     ends = {row.step: (row.start_ns + row.duration_ns - origin_ns) / 1000 for row in steps.itertuples()}
     slices = [
         {
@@ -73,6 +83,11 @@ def events(trace: Trace) -> list[dict[str, Any]]:
     for (step, layer), rows in trace.table("routing").groupby(["step", "layer"]):
         load = {f"expert {expert}": int(tokens) for expert, tokens in zip(rows["expert"], rows["tokens"], strict=True)}
         counters.append(_counter(f"expert load, layer {layer}", ends[step], load))
+    for sample in samples.to_dict("records"):
+        for track, columns in _DEVICE_TRACKS.items():
+            values = {name: int(sample[name]) for name in columns if pd.notna(sample[name])}
+            if values:
+                counters.append(_counter(f"{sample['device']} {track}", (sample["t_ns"] - origin_ns) / 1000, values))
     return sorted([*slices, *counters], key=lambda event: event["ts"])
 
 

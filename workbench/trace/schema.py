@@ -100,22 +100,36 @@ TABLES: dict[str, pa.Schema] = {
             ("phase", _TEXT),
         ]
     ),
+    # One sample of one GPU, on the clock of `start_ns`. `used_bytes`, power, energy (a counter) and utilisation are the whole
+    # GPU's, whoever uses it; allocated and reserved bytes are those of this process' torch. `util_percent` is the time some
+    # kernel ran. `reason` reads "column, column: why; column: why", or only "why" in a row that holds no value at all.
     "device": pa.schema(
         [
             ("t_ns", _INT),
             ("device", _TEXT),
+            ("energy_mj", _INT),
+            ("power_mw", _INT),
+            ("used_bytes", _INT),
             ("allocated_bytes", _INT),
             ("reserved_bytes", _INT),
-            ("power_mw", _INT),
-            ("energy_mj", _INT),
             ("util_percent", _INT),
+            ("memory_util_percent", _INT),
             ("clock_mhz", _INT),
+            ("memory_clock_mhz", _INT),
             ("reason", _TEXT),
         ]
     ),
 }
 
 PHASES = ("prefill", "append", "decode")
+
+ENERGY_PERIOD_S = 0.1
+"""NVML's energy counter moves about every 100 ms.
+
+Source: https://ml.energy/blog/energy/measurement/thermally-stable-profiling-for-accurate-gpu-energy-measurement.
+"""
+ENERGY_PERIODS = 10
+"""A stretch of fewer periods is not measured: the counter would be off by more than a tenth."""
 
 
 def phase_of(q_len: int, past: int) -> str:

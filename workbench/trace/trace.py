@@ -125,8 +125,17 @@ class Trace:
 
         return trace_bytes(self, by, model)
 
+    def energy(self) -> pd.DataFrame:
+        """Energy (measured) by phase and device: joules and their error, joules a token, mean power, or why not.
+
+        See `workbench.cost.energy`.
+        """
+        from workbench.cost.energy import phase_energy
+
+        return phase_energy(self)
+
     def summary(self) -> pd.DataFrame:
-        """One row a phase: tokens, seconds (measured), FLOPs and bytes (modelled), cache bytes at its end."""
+        """One row a phase: tokens, seconds and joules (measured), FLOPs and bytes (modelled), cache bytes at its end."""
         from workbench.cost.metrics import phase_summary
 
         return phase_summary(self)
