@@ -84,7 +84,7 @@ def cache_append_bytes(batch, q_len, kv_held, attention: Attention, element_byte
     return 2 * element_bytes * batch * rows * attention.cached_elements
 
 
-def bytes_rows(trace: Trace, model: str = "fused") -> pd.DataFrame:
+def bytes_rows(trace: Trace, model: str = "fused", on_chip_bytes: int = ON_CHIP_BYTES) -> pd.DataFrame:
     """One row a step, layer (-1: outside the layers) and component, with its `bytes`."""
     if model not in MODELS:
         raise UserError(f"There is no byte model {model!r}; the models are {' and '.join(MODELS)}.")
@@ -94,7 +94,7 @@ def bytes_rows(trace: Trace, model: str = "fused") -> pd.DataFrame:
     cache = trace.table("cache")
     parts = _outside_layers(steps, anatomy)
     for layer in anatomy.layers:
-        parts += _layer_rows(layer, steps, attention[attention["layer"] == layer.index], anatomy, model)
+        parts += _layer_rows(layer, steps, attention[attention["layer"] == layer.index], anatomy, model, on_chip_bytes)
     parts += _expert_rows(trace)
     scoring = cache["op"] == "score"
     for component, chosen in (("method", cache[scoring]), ("cache", cache[~scoring])):
@@ -103,9 +103,11 @@ def bytes_rows(trace: Trace, model: str = "fused") -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True).merge(steps[["step", "phase", "setup"]], on="step")
 
 
-def trace_bytes(trace: Trace, by: str | Sequence[str] | None, model: str) -> int | pd.DataFrame:
+def trace_bytes(
+    trace: Trace, by: str | Sequence[str] | None, model: str, on_chip_bytes: int = ON_CHIP_BYTES
+) -> int | pd.DataFrame:
     """Total bytes, or a frame grouped by any of `GROUPS`."""
-    return grouped(bytes_rows(trace, model), "bytes", by)
+    return grouped(bytes_rows(trace, model, on_chip_bytes), "bytes", by)
 
 
 def _outside_layers(steps: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]:
@@ -118,7 +120,9 @@ def _outside_layers(steps: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]
     ]
 
 
-def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, anatomy: Anatomy, model: str) -> list[pd.DataFrame]:
+def _layer_rows(
+    layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, anatomy: Anatomy, model: str, on_chip_bytes: int
+) -> list[pd.DataFrame]:
     size = anatomy.element_bytes
     tokens = steps["tokens"]
     parts = [_rows(steps, layer.index, "norm", sum(norm_bytes(tokens, norm, size) for norm in layer.norms))]
@@ -131,8 +135,8 @@ def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, anatomy:
             moved = sum(linear_bytes(calls["batch"] * calls["kv_read"], linear, size) for linear in expanded)
             parts.append(_rows(calls, layer.index, component, moved))
     if len(calls):
-        read = eager_attention_bytes if model == "eager" else fused_attention_bytes
-        moved = read(calls["batch"], calls["q_len"], calls["kv_read"], layer.attention, size)
+        sizes = (calls["batch"], calls["q_len"], calls["kv_read"], layer.attention, size)
+        moved = eager_attention_bytes(*sizes) if model == "eager" else fused_attention_bytes(*sizes, on_chip_bytes)
         parts.append(_rows(calls, layer.index, "attention.scores", moved))
         cached = calls[calls["kv_held"] > 0]
         appended = cache_append_bytes(cached["batch"], cached["q_len"], cached["kv_held"], layer.attention, size, model)
