@@ -28,6 +28,7 @@ RATES = Rates(
     attention={kind: flat(50.0, 2) for kind in ATTENTION},
     step_s=7.0,
     layer_s=3.0,
+    slowdown=flat(1.0),
 )
 SHEET = Hardware(
     "this", "this", {"fp32": 100.0}, 1e9, 10**9, 2**16, (), rates={"fp32": RATES}, environment={"processor": processor()}
@@ -60,6 +61,15 @@ def test_weights_come_no_faster_than_memory_gives_them():
     slow = replace(SHEET, rates={"fp32": replace(RATES, reads=flat(1.0))})
     seconds = wb.predict(one_layer(), slow, context=3, new_tokens=0).table.set_index("component")["predicted_s"]
     assert seconds["attention.qkv"] == pytest.approx(4 * 4 * 8)  # 32 weights of 4 bytes at a byte a second
+
+
+def test_pieces_are_slower_inside_a_model_and_overhead_is_what_it_was():
+    slow = replace(SHEET, rates={"fp32": replace(RATES, slowdown=Grid(((1.0, 3.0),), (1.0, 1.5)))})
+    plain, slower = (wb.predict(one_layer(), sheet, context=3, new_tokens=1).table for sheet in (SHEET, slow))
+    ratio = slower["predicted_s"] / plain["predicted_s"]
+    prefill, overhead = plain["phase"] == "prefill", plain["component"] == "overhead"
+    assert ratio[prefill & ~overhead].tolist() == pytest.approx([1.5] * 9)  # three tokens
+    assert ratio[~prefill].tolist() == pytest.approx([1.0] * 10) and ratio[overhead].tolist() == pytest.approx([1.0] * 2)
 
 
 def test_transformers_cache_is_written_anew_at_every_step():

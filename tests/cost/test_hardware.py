@@ -51,7 +51,7 @@ def test_a_sheet_of_ones_own(tmp_path):
 
 def test_a_measured_sheet_survives_json():
     grid = Grid(((1.0, 4.0), (2.0,)), (10.0, 40.0))
-    rates = Rates(grid, grid, {"add": grid}, {"causal": grid}, step_s=0.5, layer_s=0.25)
+    rates = Rates(grid, grid, {"add": grid}, {"causal": grid}, step_s=0.5, layer_s=0.25, slowdown=grid)
     sheet = Hardware("m", "m", {"fp32": 1.0}, 1.0, 1, 1, (), rates={"fp32": rates}, environment={"processor": "x"})
     assert Hardware.from_dict(json.loads(json.dumps(sheet.to_dict()))) == sheet
 

@@ -27,7 +27,7 @@ def test_every_rate_is_there(sheet):
     assert "fp32" in sheet.rates and set(sheet.peak_flops) == set(sheet.rates)
     for dtype, rates in sheet.rates.items():
         assert set(rates.passes) == set(PASSES) and set(rates.attention) == set(ATTENTION)
-        for grid in (rates.products, rates.reads, *rates.passes.values(), *rates.attention.values()):
+        for grid in (rates.products, rates.reads, rates.slowdown, *rates.passes.values(), *rates.attention.values()):
             size = 1
             for axis in grid.axes:
                 assert list(axis) == sorted(axis)

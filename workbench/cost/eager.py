@@ -46,7 +46,10 @@ def eager_rows(trace: Trace, rates: Rates, experts: pd.DataFrame) -> pd.DataFram
             each = chosen["tokens"] / chosen["hit"]
             seconds = sum(chosen["hit"] * work.product(each, linear) for linear in layer.experts.linears)
             parts.append(_rows(chosen, layer.index, "experts", seconds))
-    return pd.concat(parts, ignore_index=True)
+    rows = pd.concat(parts, ignore_index=True)
+    slowdown = rows["step"].map(pd.Series(rates.slowdown(tokens), index=steps["step"]))
+    rows["predicted_s"] *= slowdown.where(rows["component"] != "overhead", 1.0)
+    return rows
 
 
 class _Work:

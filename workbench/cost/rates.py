@@ -63,7 +63,9 @@ class Rates:
     """What a forward call costs beside all that: Python, small operations, masks."""
     layer_s: float
     """The same for each decoder layer."""
-    prefill_factor: float = 1.0
+    slowdown: Grid
+    """How much longer the pieces take inside a model than alone, by the tokens of a step: caches are cold and memory is
+    fresh there. Measured on a random model."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready copy."""
@@ -72,7 +74,7 @@ class Rates:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rates:
         """The rates `to_dict` wrote."""
-        grids = {name: Grid.from_dict(data[name]) for name in ("products", "reads")}
+        grids = {name: Grid.from_dict(data[name]) for name in ("products", "reads", "slowdown")}
         tables = {name: {kind: Grid.from_dict(grid) for kind, grid in data[name].items()} for name in ("passes", "attention")}
         numbers = {
             each.name: data[each.name] for each in fields(cls) if each.name not in {*grids, *tables} and each.name in data

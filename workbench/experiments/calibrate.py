@@ -3,7 +3,8 @@
 The shapes are synthetic and the code is the one models run: `F.linear`, transformers' norm, rotary positions and attention,
 the
 engine's attention. Every time is the shortest of several: other work on the machine only ever adds to it. How much it added
-is kept with the sheet, so that a busy calibration can be told from a quiet one.
+is kept with the sheet, so that a busy calibration can be told from a quiet one. What the pieces miss is measured on random
+models, by the median.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[str, int, int], None]
 
 _MIB = 2**20
+_SHORT = 16
+"""Tokens before a decode step."""
+_LEAST_SLOWDOWN = 0.5
+_NO_SLOWDOWN = Grid(((1.0,),), (1.0,))
 _WORTH_USING = 1 / 8
 """A dtype whose products are slower than this share of float32's is emulated, and left out."""
 
@@ -51,10 +56,12 @@ class Sizes:
     features: tuple[int, ...] = (256, 1024, 4096)
     reads_mib: tuple[int, ...] = (1, 16, 64, 512)
     elements: tuple[int, ...] = (2**8, 2**14, 2**18, 2**20, 2**22)
-    head_dims: tuple[int, ...] = (64, 256)
+    head_dims: tuple[int, ...] = (16, 64, 256)
     queries: tuple[int, ...] = (64, 256, 1024)
     keys: tuple[int, ...] = (64, 512, 4096)
     layers: tuple[int, int] = (2, 8)
+    hidden_size: int = 1024
+    tokens: tuple[int, ...] = (1, 128, 512, 1024)
     seconds: float = 0.08
 
 
@@ -69,6 +76,8 @@ QUICK = Sizes(
     queries=(16,),
     keys=(16,),
     layers=(1, 2),
+    hidden_size=64,
+    tokens=(1, 8),
     seconds=0.0,
 )
 """Enough to run through everything in seconds; the numbers mean little."""
@@ -168,20 +177,25 @@ class _Bench:
             },
             step_s=0.0,
             layer_s=0.0,
+            slowdown=_NO_SLOWDOWN,
         )
-        complete = self._with_overhead(measured)
+        complete = self._with_slowdown(self._with_overhead(measured))
         advance(total, total)
         return complete
 
     def seconds(self, call: Callable[[], Any]) -> float:
         """Seconds of one call: the shortest of several."""
+        return min(self.times(call))
+
+    def times(self, call: Callable[[], Any]) -> list[float]:
+        """Seconds of several calls, after one that is not counted."""
         call()
         times = []
         until = time.perf_counter() + self.sizes.seconds
         while len(times) < 3 or time.perf_counter() < until:
             times.append(self._timed(call))
         self.spreads.append(statistics.median(times) / min(times))
-        return min(times)
+        return times
 
     def _timed(self, call: Callable[[], Any]) -> float:
         if self.device.type != "cuda":
@@ -261,29 +275,48 @@ class _Bench:
         """Adds what a decode step of a small random model costs beside its pieces, split into step and layer."""
         beside = []
         for num_layers in self.sizes.layers:
-            model = self._small_model(num_layers)
-            cache = DynamicCache(config=model.config)
-            ids = torch.ones(1, 16, dtype=torch.long, device=self.device)
-            model(ids, past_key_values=cache)
-            measured = self.seconds(
-                lambda model=model, ids=ids, cache=cache: model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
-            )
-            name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-            sheet = Hardware("", "", {name: 1.0}, 1.0, 1, 1, (), rates={name: rates})
-            planned = predict(anatomy_of(model), sheet, dtype=name, context=16, new_tokens=1).phases.set_index("phase")
-            beside.append(measured - planned.loc["decode", "predicted_s"])
+            model = self._model(num_layers, hidden_size=256)
+            measured = statistics.median(self._model_seconds(model, 1))
+            beside.append(measured - self._pieces(rates, model, 1))
         few, many = self.sizes.layers
         layer_s = max(0.0, (beside[1] - beside[0]) / (many - few))
         return replace(rates, layer_s=layer_s, step_s=max(0.0, beside[0] - few * layer_s))
 
-    def _small_model(self, num_layers: int) -> torch.nn.Module:
+    def _with_slowdown(self, rates: Rates) -> Rates:
+        """Adds how much longer the pieces take inside a larger random model than alone."""
+        model = self._model(self.sizes.layers[0], self.sizes.hidden_size)
+        overhead = rates.step_s + self.sizes.layers[0] * rates.layer_s
+        factors = []
+        for tokens in self.sizes.tokens:
+            measured = statistics.median(self._model_seconds(model, tokens)) - overhead
+            factors.append(max(_LEAST_SLOWDOWN, measured / self._pieces(rates, model, tokens)))
+        return replace(rates, slowdown=Grid((tuple(map(float, self.sizes.tokens)),), tuple(factors)))
+
+    def _model_seconds(self, model: torch.nn.Module, tokens: int) -> list[float]:
+        """Times of a prefill of `tokens`, or of a decode step where that is one."""
+        ids = torch.ones(1, max(tokens, _SHORT), dtype=torch.long, device=self.device)
+        if tokens > 1:
+            return self.times(lambda: model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1))
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        return self.times(lambda: model(ids[:, :1], past_key_values=cache, logits_to_keep=1))
+
+    def _pieces(self, rates: Rates, model: torch.nn.Module, tokens: int) -> float:
+        """Predicted seconds of the same without anything beside the pieces."""
+        name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        alone = replace(rates, step_s=0.0, layer_s=0.0, slowdown=_NO_SLOWDOWN)
+        sheet = Hardware("", "", {name: 1.0}, 1.0, 1, 1, (), rates={name: alone})
+        sizes = {"context": _SHORT, "new_tokens": 1} if tokens == 1 else {"context": tokens, "new_tokens": 0}
+        return float(predict(anatomy_of(model), sheet, dtype=name, **sizes).phases["predicted_s"].iloc[-1])
+
+    def _model(self, num_layers: int, hidden_size: int) -> torch.nn.Module:
         config = LlamaConfig(
-            hidden_size=256,
-            intermediate_size=512,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
             num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
-            vocab_size=256,
+            vocab_size=8 * hidden_size,
             max_position_embeddings=2**20,
         )
         return AutoModelForCausalLM.from_config(config).to(self.device, self.dtype).eval()
