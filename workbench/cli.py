@@ -35,8 +35,8 @@ Model = Annotated[str, typer.Option(help="A built-in model, gemma-3-270m, a dire
 DEMO_METHODS = ("streaming-llm", "h2o", "snapkv")
 DEMO_BUDGETS = (0.75, 0.5, 0.2)
 
-_BUSY = 1.3
-"""Median over shortest time of a measurement beyond which a calibration says that the machine was busy."""
+_BUSY = 0.9
+"""Share of a core below which a calibration says that the machine was busy."""
 
 _out = Console()
 _err = Console(stderr=True)
@@ -333,11 +333,9 @@ def _calibrate(as_json: bool) -> None:
     _out.print(table)
     if sheet.note:
         _out.print(sheet.note, style="dim")
-    busy = sheet.environment["spread"]
-    if busy > _BUSY:
-        _out.print(
-            f"Times varied by {busy:.1f}x while measuring: calibrate again when the machine does nothing else.", style="yellow"
-        )
+    share = sheet.environment["cpu_share"]
+    if share < _BUSY:
+        _out.print(f"Only {share:.0%} of a core was free: calibrate again when the machine does nothing else.", style="yellow")
     _out.print(f"Kept as hardware this-machine: {path}", highlight=False)
 
 

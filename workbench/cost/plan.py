@@ -72,7 +72,7 @@ class Plan:
         fewer.
         """
         steps = trace.table("steps")
-        parts = [pd.DataFrame(columns=["step", "layer", "tokens", "hit"])]
+        parts = [pd.DataFrame(columns=["step", "layer", "tokens", "hit"], dtype=float)]
         for layer in self.anatomy.layers:
             if layer.experts is not None:
                 hit = expected_hits(steps["tokens"], layer.experts.num_experts, layer.experts.top_k)

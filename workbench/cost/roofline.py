@@ -186,7 +186,7 @@ def _rows(trace: Trace, device: Hardware, dtype: str, experts: pd.DataFrame) -> 
 
 def _expert_rows(anatomy: Anatomy, experts: pd.DataFrame) -> pd.DataFrame:
     """FLOPs of every token sent, and bytes of every expert hit once a step, with the activations of its tokens."""
-    parts = [pd.DataFrame(columns=[*_KEYS, "flops", "bytes"])]
+    parts = [pd.DataFrame(columns=[*_KEYS, "flops", "bytes"], dtype=float)]
     for layer in anatomy.layers:
         chosen = experts[experts["layer"] == layer.index]
         if layer.experts is None or chosen.empty:

@@ -2,9 +2,9 @@
 
 The shapes are synthetic and the code is the one models run: `F.linear`, transformers' norm, rotary positions and attention,
 the
-engine's attention. Every time is the shortest of several: other work on the machine only ever adds to it. How much it added
-is kept with the sheet, so that a busy calibration can be told from a quiet one. What the pieces miss is measured on random
-models, by the median.
+engine's attention. Every time is the shortest of several: other work on the machine only ever adds to it. What the pieces
+miss is measured on random models, by the median. The share of a core this process got is kept with the sheet, so that a
+calibration of a busy machine can be told from one that was left alone.
 """
 
 from __future__ import annotations
@@ -98,14 +98,13 @@ def calibrate(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rates: dict[str, Rates] = {}
     skipped: list[str] = []
-    spreads: list[float] = []
+    started = time.perf_counter(), time.process_time()
     for name, dtype in DTYPES.items():
         bench = _Bench(place, dtype, sizes)
         if name != "fp32" and not bench.worth_using():
             skipped.append(name)
             continue
         rates[name] = bench.rates(lambda done, total, name=name: on_progress and on_progress(name, done, total))
-        spreads += bench.spreads
     peaks = {name: max(each.products.rates) for name, each in rates.items()}
     bandwidth = rates["fp32"].reads.rates[-1]
     return Hardware(
@@ -118,7 +117,7 @@ def calibrate(
         ("measured by `workbench doctor --calibrate`",),
         f"Left out as emulated: {', '.join(skipped)}." if skipped else "",
         rates,
-        {**environment(), "device": place.type, "spread": statistics.median(spreads)},
+        {**environment(), "device": place.type, "cpu_share": _cpu_share(*started)},
     )
 
 
@@ -137,8 +136,6 @@ class _Bench:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, sizes: Sizes):
         self.device, self.dtype, self.sizes = device, dtype, sizes
-        self.spreads: list[float] = []
-        """Of each point, its median time over its shortest."""
 
     def worth_using(self) -> bool:
         """Whether products in this dtype come near those in float32."""
@@ -194,7 +191,6 @@ class _Bench:
         until = time.perf_counter() + self.sizes.seconds
         while len(times) < 3 or time.perf_counter() < until:
             times.append(self._timed(call))
-        self.spreads.append(statistics.median(times) / min(times))
         return times
 
     def _timed(self, call: Callable[[], Any]) -> float:
@@ -320,6 +316,11 @@ class _Bench:
             max_position_embeddings=2**20,
         )
         return AutoModelForCausalLM.from_config(config).to(self.device, self.dtype).eval()
+
+
+def _cpu_share(wall: float, cpu: float) -> float:
+    """CPU seconds this process got in each second since. Well below one, it had to wait for others."""
+    return (time.process_time() - cpu) / (time.perf_counter() - wall)
 
 
 def _label(device: torch.device) -> str:

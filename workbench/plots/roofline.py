@@ -10,15 +10,19 @@ from workbench.plots.theme import PALETTE, SYMBOLS, style
 
 _MARGIN = 4
 """How far the roof is drawn beyond the outermost point and the ridge, as a factor."""
+_SMALLEST, _LARGEST = 7, 30
 
 
 def roofline(prediction: Prediction) -> go.Figure:
-    """Log-log: FLOP/s over FLOPs a byte, a colour a phase, a symbol a component; on the roof unless a machine was measured.
+    """Log-log: FLOP/s over FLOPs a byte, a colour a component, a symbol a phase; the area is the share of the phase's time.
 
-    Components without FLOPs (norms, cache, embedding) have no place on it and are left out.
+    Points lie on the roof, or below it on a machine whose rates were measured. Components without FLOPs (norms, cache,
+    embedding) have no place here and are left out.
     """
     hardware, dtype = prediction.hardware, prediction.dtype
-    points = prediction.table[prediction.table["flops"] > 0].dropna(subset="intensity")
+    table = prediction.table
+    share = table["predicted_s"] / table.groupby("phase")["predicted_s"].transform("sum")
+    points = table.assign(share=share)[table["flops"] > 0].dropna(subset="intensity")
     ridge, peak = hardware.ridge(dtype), hardware.peak(dtype)
     ends = [min(points["intensity"].min(), ridge) / _MARGIN, max(points["intensity"].max(), ridge) * _MARGIN]
     figure = go.Figure()
@@ -26,30 +30,29 @@ def roofline(prediction: Prediction) -> go.Figure:
         x=[ends[0], ridge, ends[1]],
         y=[ends[0] * hardware.bandwidth, peak, peak],
         mode="lines",
-        name=f"{hardware.name}, {dtype}: the bound",
+        name=f"bound of {hardware.name}",
         line={"color": "#555555", "width": 2},
         hovertemplate=f"ridge at {ridge:.3g} FLOPs a byte<extra></extra>",
     )
-    components = list(dict.fromkeys(points["component"]))
-    for number, (phase, rows) in enumerate(points.groupby("phase", sort=False)):
+    symbols = dict(zip(prediction.phases["phase"], SYMBOLS, strict=False))
+    for number, (component, rows) in enumerate(points.groupby("component", sort=False)):
         figure.add_scatter(
             x=rows["intensity"],
             y=rows["flops"] / rows["predicted_s"],
-            mode="markers+text",
-            name=str(phase),
-            text=rows["component"],
-            textposition="bottom right",
-            textfont={"size": 10},
+            mode="markers",
+            name=str(component),
             marker={
-                "size": 11,
+                "size": _SMALLEST + (_LARGEST - _SMALLEST) * np.sqrt(rows["share"]),
                 "color": PALETTE[number % len(PALETTE)],
-                "symbol": [SYMBOLS[components.index(name) % len(SYMBOLS)] for name in rows["component"]],
+                "symbol": rows["phase"].map(symbols),
+                "line": {"width": 1, "color": "white"},
             },
-            customdata=np.column_stack([rows["component"], rows["bound"], rows["predicted_s"]]),
-            hovertemplate=f"{phase}, %{{customdata[0]}}: bound by %{{customdata[1]}}<br>%{{x:.3g}} FLOPs a byte<br>"
-            "%{y:.3g} FLOP/s<br>%{customdata[2]:.3g} s predicted<extra></extra>",
+            customdata=rows[["phase", "bound", "predicted_s", "share"]],
+            hovertemplate=f"%{{customdata[0]}}, {component}: bound by %{{customdata[1]}}<br>%{{x:.3g}} FLOPs a byte<br>"
+            "%{y:.3g} FLOP/s<br>%{customdata[2]:.3g} s predicted, %{customdata[3]:.1%} of the phase<extra></extra>",
         )
     figure.update_xaxes(type="log", exponentformat="power")
     figure.update_yaxes(type="log", exponentformat="power")
-    title = f"Roofline, predicted: {prediction.model} on {hardware.label}, {dtype}"
-    return style(figure, title, "arithmetic intensity (FLOPs a byte, fused)", "FLOP/s (predicted)", height=460)
+    legend = ", ".join(f"{symbol}: {phase}" for phase, symbol in symbols.items())
+    title = f"Roofline: {prediction.model} on {hardware.label}, {dtype}<br><sub>{legend}; area: share of the phase's time</sub>"
+    return style(figure, title, "arithmetic intensity (FLOPs a byte, fused)", "FLOP/s (predicted)", height=480)
