@@ -187,7 +187,7 @@ def test_hardware(run, tmp_path, monkeypatch):
         (["predict", "--model", "tiny-dense", "--hardware", "none.json"], "Cannot read the hardware sheet none.json"),
         (["predict", "--model", "tiny-dense", "--hardware", "empty.txt"], "no hardware named 'empty.txt'"),
         (["predict", "--model", "tiny-dense", "--dtype", "fp9"], "no dtype 'fp9'"),
-        (["predict", "--model", "tiny-dense", "--dtype", "fp8", "--hardware", "a100-80"], "no published fp8 peak"),
+        (["predict", "--model", "tiny-dense", "--dtype", "fp8", "--hardware", "a100-80"], "has no fp8 peak"),
         (["predict", "--model", "tiny-dense", "--context", "0"], "--context cannot be 0"),
         (["predict", "--model", "tiny-dense", "--batch", "-1"], "--batch cannot be -1"),
         (["predict", "--model", "tiny-dense", "--new-tokens", "-1"], "--new-tokens cannot be -1"),

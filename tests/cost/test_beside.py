@@ -12,7 +12,7 @@ from workbench.cost.eager import kind_of
 from workbench.cost.hardware import Hardware
 from workbench.cost.plan import Plan
 from workbench.cost.rates import ATTENTION, PASSES, Grid, Rates
-from workbench.probes.environment import processor
+from workbench.probes.environment import environment
 from workbench.testing import ids, random_llama
 from workbench.trace.anatomy import Anatomy, Attention, Layer, Linear
 
@@ -30,9 +30,7 @@ RATES = Rates(
     layer_s=3.0,
     slowdown=flat(1.0),
 )
-SHEET = Hardware(
-    "this", "this", {"fp32": 100.0}, 1e9, 10**9, 2**16, (), rates={"fp32": RATES}, environment={"processor": processor()}
-)
+SHEET = Hardware("this", "this", {"fp32": 100.0}, 1e9, 10**9, 2**16, (), rates={"fp32": RATES}, environment=environment())
 
 
 def one_layer() -> Anatomy:
@@ -75,6 +73,17 @@ def test_pieces_are_slower_inside_a_model_and_overhead_is_what_it_was():
 def test_transformers_cache_is_written_anew_at_every_step():
     decode = wb.predict(one_layer(), SHEET, context=30, new_tokens=1).table.set_index(["phase", "component"])
     assert decode.loc[("decode", "cache"), "predicted_s"] == pytest.approx(31 * 4 / 10)
+
+
+def test_what_a_method_adds_is_priced_too(tiny):
+    session = wb.Session(tiny, wb.H2O(budget=0.5))
+    session.prefill(ids(40)[0].tolist())
+    table = wb.predict(session.trace, SHEET).table.set_index("component")
+    method = table.loc["method"]
+    assert method["predicted_s"] == pytest.approx(max(method["compute_s"], method["memory_s"])) and method["flops"] > 0
+    moved = session.trace.table("cache").query("op == 'evict'")["extra_bytes"].sum()
+    appended = 40 * tiny.anatomy.kv_bytes_per_token / 4  # elements
+    assert table.loc["cache", "predicted_s"] == pytest.approx((moved / 8 + appended) / 10)
 
 
 def test_framework_time_is_bound_by_neither():
@@ -121,9 +130,9 @@ def test_what_cannot_stand_beside_a_measurement():
         model(ids(4))
     with pytest.raises(wb.UserError, match="was not measured"):
         wb.beside_measured(prof.trace, "h100-sxm")
-    with pytest.raises(wb.UserError, match="measured on another processor"):
-        wb.beside_measured(prof.trace, replace(SHEET, environment={"processor": "another processor"}))
+    with pytest.raises(wb.UserError, match=r"measured on .* 63 threads"):
+        wb.beside_measured(prof.trace, replace(SHEET, environment={**environment(), "threads": 63}))
     trace, _ = Plan(one_layer(), 1, 4, 0).trace()
-    trace.meta["environment"] = {"processor": processor()}
+    trace.meta["environment"] = environment()
     with pytest.raises(wb.UserError, match="no measured times"):
         wb.beside_measured(trace, SHEET)

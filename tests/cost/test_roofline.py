@@ -237,7 +237,7 @@ def test_a_prediction_is_json_ready(llama70b):
         ({"context": -1}, "context cannot be -1"),
         ({"new_tokens": -1}, "new_tokens cannot be -1"),
         ({"dtype": "fp9"}, "no dtype 'fp9'"),
-        ({"dtype": "fp8"}, "no published fp8 peak"),
+        ({"dtype": "fp8"}, "has no fp8 peak"),
         ({"context": 10**9, "batch": 10**4}, "more than can be counted"),
     ],
 )

@@ -35,7 +35,7 @@ def test_every_rate_is_there(sheet):
             assert len(grid.rates) == size and min(grid.rates) > 0
         assert rates.step_s >= 0 and rates.layer_s >= 0
         assert sheet.peak(dtype) == max(rates.products.rates)
-    assert sheet.environment["device"] == "cpu" and sheet.environment["spread"] >= 1
+    assert sheet.environment["device"] == "cpu" and sheet.environment["cpu_share"] > 0
 
 
 def test_it_is_kept_and_found_again_by_name(sheet, tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -28,9 +30,9 @@ def beside_measured(trace: Trace, on: str | Path | Hardware = THIS_MACHINE) -> p
             f"{sheet.label} was not measured, so its bound is no match for a measured time; use {THIS_MACHINE!r} "
             "after `workbench doctor --calibrate`."
         )
-    ran_on, measured_on = (where.get("processor") for where in (trace.meta.get("environment", {}), sheet.environment))
+    ran_on, measured_on = (_machine(where) for where in (trace.meta.get("environment", {}), sheet.environment))
     if ran_on != measured_on:
-        raise UserError(f"The trace was recorded on {ran_on} and the sheet measured on {measured_on}; calibrate that machine.")
+        raise UserError(f"The trace was recorded on {ran_on}, and the sheet measured on {measured_on}; calibrate there.")
     steps = trace.table("steps").set_index("step")
     if steps["duration_ns"].isna().all():
         raise UserError("The trace holds no measured times; record one with `workbench profile`.")
@@ -53,3 +55,8 @@ def beside_measured(trace: Trace, on: str | Path | Hardware = THIS_MACHINE) -> p
             }
         )
     return pd.DataFrame(rows)
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    devices = environment.get("cuda_devices") or []
+    return ", ".join([str(environment.get("processor")), f"{environment.get('threads')} threads", *devices])

@@ -46,6 +46,9 @@ def eager_rows(trace: Trace, rates: Rates, experts: pd.DataFrame) -> pd.DataFram
             each = chosen["tokens"] / chosen["hit"]
             seconds = sum(chosen["hit"] * work.product(each, linear) for linear in layer.experts.linears)
             parts.append(_rows(chosen, layer.index, "experts", seconds))
+    moved = trace.table("cache").query("op != 'score' and extra_bytes > 0")
+    elements = moved["extra_bytes"] / (2 * anatomy.element_bytes)  # in and out
+    parts.append(_rows(moved, moved["layer"], "cache", work.passing("copy", elements)))
     rows = pd.concat(parts, ignore_index=True)
     slowdown = rows["step"].map(pd.Series(rates.slowdown(tokens), index=steps["step"]))
     rows["predicted_s"] *= slowdown.where(rows["component"] != "overhead", 1.0)
@@ -123,7 +126,7 @@ def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, work: _W
     return parts
 
 
-def _rows(source: pd.DataFrame, layer: int, component: str, seconds) -> pd.DataFrame:
+def _rows(source: pd.DataFrame, layer, component: str, seconds) -> pd.DataFrame:
     return pd.DataFrame(
         {"step": source["step"], "layer": layer, "component": component, "predicted_s": np.asarray(seconds, dtype=float)}
     )

@@ -61,7 +61,7 @@ class Hardware:
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s of a dtype. Raises UserError if the sheet has none."""
         if dtype not in self.peak_flops:
-            raise UserError(f"{self.label} has no published {dtype} peak; its dtypes are {', '.join(self.peak_flops)}.")
+            raise UserError(f"{self.label} has no {dtype} peak; choose one of its dtypes, {', '.join(self.peak_flops)}.")
         return self.peak_flops[dtype]
 
     def ridge(self, dtype: str) -> float:

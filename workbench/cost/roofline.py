@@ -181,7 +181,11 @@ def _rows(trace: Trace, device: Hardware, dtype: str, experts: pd.DataFrame) -> 
     if dtype not in device.rates:
         return rows.assign(predicted_s=rows[["compute_s", "memory_s"]].max(axis=1))
     seconds = eager_rows(trace, device.rates[dtype], experts).groupby(_KEYS)["predicted_s"].sum()
-    return rows.set_index(_KEYS).join(seconds, how="outer").fillna(0.0).reset_index()
+    joined = rows.set_index(_KEYS).join(seconds, how="outer").reset_index()
+    counted = joined[["compute_s", "memory_s"]].fillna(0.0)
+    # what a method adds, and modules the anatomy cannot place, have no measured rate: they stay at the bound
+    predicted = joined["predicted_s"].where(joined["predicted_s"].notna(), counted.max(axis=1))
+    return joined.fillna({name: 0.0 for name in _SUMS}).assign(predicted_s=predicted)
 
 
 def _expert_rows(anatomy: Anatomy, experts: pd.DataFrame) -> pd.DataFrame:

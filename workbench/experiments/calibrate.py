@@ -66,6 +66,15 @@ class Sizes:
 
 
 FULL = Sizes()
+FULL_GPU = Sizes(
+    rows=(1, 16, 128, 1024, 8192),
+    features=(256, 1024, 4096, 8192),
+    queries=(64, 256, 1024, 4096),
+    hidden_size=2048,
+    tokens=(1, 128, 1024, 4096),
+    seconds=0.03,
+)
+"""A GPU needs larger work to be busy, and less time for each."""
 
 QUICK = Sizes(
     rows=(1, 16),
@@ -94,8 +103,8 @@ def calibrate(
         device: None is the first CUDA GPU, or the CPU.
         on_progress: called with a dtype, steps done and steps in all.
     """
-    sizes = sizes or FULL
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    sizes = sizes or (FULL_GPU if place.type == "cuda" else FULL)
     rates: dict[str, Rates] = {}
     skipped: list[str] = []
     started = time.perf_counter(), time.process_time()
@@ -139,7 +148,8 @@ class _Bench:
 
     def worth_using(self) -> bool:
         """Whether products in this dtype come near those in float32."""
-        linear, rows = Linear("", self.sizes.features[-1], self.sizes.features[-1]), self.sizes.rows[-1]
+        middle = self.sizes.features[len(self.sizes.features) // 2]
+        linear, rows = Linear("", middle, middle), self.sizes.rows[-1]
         plain = _Bench(self.device, torch.float32, self.sizes)
         return self._product(rows, linear) > _WORTH_USING * plain._product(rows, linear)
 
@@ -337,7 +347,7 @@ def _memory_bytes(device: torch.device) -> int:
 
 
 def _on_chip_bytes(device: torch.device) -> int:
-    """Shared memory of a multiprocessor, or the second-level cache of a core."""
+    """Shared memory of a multiprocessor, or the second-level cache of a core: a mebibyte where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
     size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
