@@ -9,6 +9,8 @@ import pytest
 
 import workbench as wb
 from workbench import cli
+from workbench.cost.hardware import HARDWARE
+from workbench.experiments import calibrate as calibration
 
 
 @pytest.fixture
@@ -93,6 +95,61 @@ def test_models_and_doctor(run):
     assert run("doctor")[0] == run("models")[0] == run("methods")[0] == 0
 
 
+def test_predict_from_a_config_alone(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2, "dtype": "bfloat16"}')
+    for model in (".", "config.json"):
+        options = ("--hardware", "mi300x", "--batch", "2", "--context", "100", "--new-tokens", "4")
+        code, out, _ = run("predict", "--model", model, *options, "--json")
+        found = json.loads(out)
+        assert code == 0 and (found["hardware"], found["dtype"], found["batch"]) == ("mi300x", "bf16", 2)
+        assert [phase["tokens"] for phase in found["phases"]] == [200, 8]
+        assert found["predicted_s"] == pytest.approx(sum(row["predicted_s"] for row in found["components"]))
+        assert "beside_measured" not in found
+    code, out, _ = run("predict", "--model", ".", "--context", "5000")
+    assert code == 0 and "attention.scores" in out and "fits" in out and "own context is 2048" in out
+
+
+def test_predict_of_a_trace(run, tmp_path, monkeypatch):
+    run("profile", "--prompt-tokens", "50", "--new-tokens", "3")
+    code, out, _ = run("predict", "--trace", "run.trace", "--hardware", "h100-sxm", "--dtype", "bf16", "--json")
+    found = json.loads(out)
+    assert code == 0 and [phase["steps"] for phase in found["phases"]] == [1, 3]
+    assert "beside_measured" not in found
+
+
+def test_calibrate_and_stand_beside_a_measurement(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration, "FULL", calibration.QUICK)
+    run("profile", "--prompt-tokens", "50", "--new-tokens", "3")
+    code, _, err = run("predict", "--trace", "run.trace", "--hardware", "this-machine")
+    assert code == 2 and "run `workbench doctor --calibrate`" in err
+    code, out, _ = run("doctor", "--calibrate", "--json")
+    written = json.loads(out)
+    assert code == 0 and written["sheet"]["name"] == "this-machine"
+    assert json.loads((tmp_path / "cache" / "hardware" / "this-machine.json").read_text()) == written["sheet"]
+    code, out, _ = run("predict", "--trace", "run.trace", "--hardware", "this-machine", "--json")
+    beside = json.loads(out)["beside_measured"]
+    assert code == 0 and [row["phase"] for row in beside] == ["prefill", "decode"]
+    assert set(beside[0]) >= {"measured_s", "predicted_s", "error_percent"}
+    code, out, _ = run("predict", "--trace", "run.trace", "--hardware", "this-machine")
+    assert code == 0 and "Predicted beside measured" in out and "overhead" in out
+    assert "this-machine" in run("hardware")[1]
+    code, out, _ = run("doctor", "--calibrate")
+    assert code == 0 and "GFLOP/s" in out
+
+
+def test_hardware(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    code, out, _ = run("hardware", "--json")
+    sheets = {sheet["name"]: sheet for sheet in json.loads(out)}
+    assert code == 0 and set(sheets) == set(HARDWARE) and all(sheet["sources"] for sheet in sheets.values())
+    code, out, _ = run("hardware", "b200", "--json")
+    assert code == 0 and json.loads(out) == sheets["b200"]
+    (tmp_path / "mine.json").write_text(out)
+    assert json.loads(run("hardware", "mine.json", "--json")[1]) == sheets["b200"]
+    assert "workbench doctor --calibrate" in run("hardware")[1] and sheets["l40s"]["sources"][0] in run("hardware", "l40s")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -124,6 +181,22 @@ def test_models_and_doctor(run):
         (["compare", "--samples", "0"], "samples=0"),
         (["compare", "--method", "h2o:budget=2.5"], "cannot be 2.5"),
         (["compare", "--out", "empty.txt/x"], "Cannot write to empty.txt/x"),
+        (["predict"], "either --model or --trace"),
+        (["predict", "--model", "tiny-dense", "--trace", "full"], "either --model or --trace"),
+        (["predict", "--model", "tiny-dense", "--hardware", "h1000"], "no hardware named 'h1000'"),
+        (["predict", "--model", "tiny-dense", "--hardware", "none.json"], "Cannot read the hardware sheet none.json"),
+        (["predict", "--model", "tiny-dense", "--hardware", "empty.txt"], "no hardware named 'empty.txt'"),
+        (["predict", "--model", "tiny-dense", "--dtype", "fp9"], "no dtype 'fp9'"),
+        (["predict", "--model", "tiny-dense", "--dtype", "fp8", "--hardware", "a100-80"], "has no fp8 peak"),
+        (["predict", "--model", "tiny-dense", "--context", "0"], "--context cannot be 0"),
+        (["predict", "--model", "tiny-dense", "--batch", "-1"], "--batch cannot be -1"),
+        (["predict", "--model", "tiny-dense", "--new-tokens", "-1"], "--new-tokens cannot be -1"),
+        (["predict", "--model", "no-such-model"], "There is no model 'no-such-model'"),
+        (["predict", "--model", "full"], "holds no config.json"),
+        (["predict", "--model", "empty.txt"], "empty.txt is no model config"),
+        (["predict", "--model", "t5.json"], "describes no causal language model"),
+        (["predict", "--trace", "full"], "not a trace"),
+        (["hardware", "h1000"], "no hardware named 'h1000'"),
     ],
 )
 def test_mistakes_are_one_sentence(run, tmp_path, arguments, message):
@@ -132,6 +205,7 @@ def test_mistakes_are_one_sentence(run, tmp_path, arguments, message):
     (tmp_path / "zeros.bin").write_bytes(bytes(100))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
+    (tmp_path / "t5.json").write_text('{"model_type": "t5"}')
     before = sorted(tmp_path.rglob("*"))
     for extra in ([], ["--json"]):
         code, out, err = run(*arguments, *extra)

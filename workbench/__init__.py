@@ -25,9 +25,13 @@ _HOMES = {
     "Setup": "workbench.engine.setup",
     "Trace": "workbench.trace.trace",
     "UserError": "workbench.errors",
+    "anatomy": "workbench.models.load",
+    "beside_measured": "workbench.cost.beside",
     "compare": "workbench.experiments.compare",
+    "hardware": "workbench.cost.hardware",
     "knob": "workbench.methods",
     "load": "workbench.models.load",
+    "predict": "workbench.cost.roofline",
     "profile": "workbench.probes.profiler",
     "register": "workbench.methods",
 }

@@ -19,6 +19,7 @@ from rich.table import Table
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
+    from workbench.cost.roofline import Prediction
     from workbench.trace.comparison import Comparison
 
 app = typer.Typer(
@@ -33,6 +34,9 @@ Model = Annotated[str, typer.Option(help="A built-in model, gemma-3-270m, a dire
 
 DEMO_METHODS = ("streaming-llm", "h2o", "snapkv")
 DEMO_BUDGETS = (0.75, 0.5, 0.2)
+
+_BUSY = 0.9
+"""Share of a core below which a calibration says that the machine was busy."""
 
 _out = Console()
 _err = Console(stderr=True)
@@ -149,6 +153,78 @@ def compare(
 
 
 @app.command()
+def predict(
+    model: Annotated[str | None, typer.Option(help="A model's name, a directory with a config.json, or such a file.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="In place of a model: a trace, whose counts are taken.")] = None,
+    hardware: Annotated[str, typer.Option(help="A sheet of `workbench hardware`, this-machine, or a JSON file.")] = "h100-sxm",
+    dtype: Annotated[str | None, typer.Option(help="fp32, tf32, bf16, fp16, fp8 or int8; by default the model's own.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows; 1 by default.")] = None,
+    context: Annotated[int | None, typer.Option(help="Prompt tokens a row; 1024 by default.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Decode steps; 128 by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict seconds by component on any hardware, from a config alone or from a trace, and whether it fits."""
+    from workbench.cost.hardware import hardware as sheet
+    from workbench.cost.roofline import predict as run
+    from workbench.models.load import anatomy
+    from workbench.trace.trace import Trace
+
+    if (model is None) == (trace is None):
+        raise UserError("Give either --model or --trace, and not both.")
+    device = sheet(hardware)
+    sizes = {"batch": batch, "context": context, "new_tokens": new_tokens}
+    for name, size in sizes.items():
+        least = 0 if name == "new_tokens" else 1
+        if size is not None and size < least:
+            raise UserError(f"--{name.replace('_', '-')} cannot be {size}; ask for {least} or more.")
+    source = Trace.load(trace) if trace is not None else anatomy(str(model))
+    prediction = run(source, device, dtype=dtype, **sizes)
+    beside = _beside(source, device) if isinstance(source, Trace) else None
+    if as_json:
+        found = prediction.to_dict()
+        _print_json(found if beside is None else {**found, "beside_measured": beside})
+        return
+    _print_prediction(prediction)
+    if beside:
+        _print_beside(beside)
+
+
+@app.command("hardware")
+def hardware_sheets(
+    name: Annotated[str | None, typer.Argument(help="One sheet: its name, or a JSON file.")] = None, as_json: Json = False
+) -> None:
+    """List the hardware sheets with their sources, or show one."""
+    from workbench.cost.hardware import HARDWARE, THIS_MACHINE, this_machine_file
+    from workbench.cost.hardware import hardware as sheet
+
+    if name is not None:
+        chosen = [sheet(name)]
+    else:
+        chosen = [*HARDWARE.values(), *([sheet(THIS_MACHINE)] if this_machine_file().exists() else [])]
+    if as_json:
+        found = [each.to_dict() for each in chosen]
+        _print_json(found[0] if name is not None else found)
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column("hardware", no_wrap=True)
+    for column in ("fp32", "bf16", "fp8", "memory", "bandwidth"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("device", overflow="fold")
+    for each in chosen:
+        peaks = [
+            f"{each.peak_flops[dtype] / 1e12:.4g}" if dtype in each.peak_flops else "-" for dtype in ("fp32", "bf16", "fp8")
+        ]
+        table.add_row(each.name, *peaks, f"{each.memory_bytes / 1e9:.4g}", f"{each.bandwidth / 1e9:.4g}", escape(each.label))
+    _out.print(table)
+    _out.print("Peaks: dense TFLOP/s. Memory: GB. Bandwidth: GB/s. Sources: workbench hardware NAME.", style="dim")
+    if name is not None:
+        for line in [*chosen[0].sources, *([chosen[0].note] if chosen[0].note else [])]:
+            _out.print(line, highlight=False, soft_wrap=True)
+    elif not this_machine_file().exists():
+        _out.print("This machine is not among them yet: workbench doctor --calibrate", style="dim", highlight=False)
+
+
+@app.command()
 def export(
     trace: Annotated[Path, typer.Argument(help="A trace folder.")],
     out: Annotated[Path, typer.Option(help="A .json file for Perfetto, or a folder for CSV files.")],
@@ -214,8 +290,16 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure what this machine reaches, for `workbench predict`; takes a minute.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Say what works on this machine, and why something does not."""
+    if calibrate:
+        _calibrate(as_json)
+        return
     from workbench.doctor import checks
     from workbench.probes.environment import environment
 
@@ -229,6 +313,90 @@ def doctor(as_json: Json = False) -> None:
     for check in found:
         table.add_row(check["name"], "[green]ok[/green]" if check["ok"] else "[yellow]no[/yellow]", escape(check["detail"]))
     _out.print(table)
+
+
+def _calibrate(as_json: bool) -> None:
+    from workbench.experiments.calibrate import calibrate, store
+
+    with _progress(as_json) as advance:
+        sheet = calibrate(on_progress=advance)
+    path = store(sheet)
+    if as_json:
+        _print_json({"written": str(path), "sheet": sheet.to_dict()})
+        return
+    table = Table(title=sheet.label, title_justify="left")
+    for name in ("dtype", "products, at best", "weights read", "beside each layer", "beside each step"):
+        table.add_column(name, justify="left" if name == "dtype" else "right")
+    for dtype, rates in sheet.rates.items():
+        reads = f"{min(rates.reads.rates) / 1e9:.1f} to {max(rates.reads.rates) / 1e9:.1f} GB/s"
+        beside = [f"{1e6 * seconds:.0f} µs" for seconds in (rates.layer_s, rates.step_s)]
+        table.add_row(dtype, f"{sheet.peak_flops[dtype] / 1e9:.0f} GFLOP/s", reads, *beside)
+    _out.print(table)
+    if sheet.note:
+        _out.print(sheet.note, style="dim")
+    share = sheet.environment["cpu_share"]
+    if share < _BUSY:
+        _out.print(f"Only {share:.0%} of a core was free: calibrate again when the machine does nothing else.", style="yellow")
+    _out.print(f"Kept as hardware this-machine: {path}", highlight=False)
+
+
+def _beside(trace, device) -> list[dict[str, Any]] | None:
+    """Predicted beside measured, where the sheet is this machine's and so is the trace."""
+    from workbench.cost.beside import beside_measured
+
+    return beside_measured(trace, device).to_dict("records") if device.rates else None
+
+
+def _print_prediction(prediction: Prediction) -> None:
+    from workbench.plots.theme import human_bytes
+
+    shape = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in prediction.shape.items())
+    about = f"{prediction.model} on {prediction.hardware.label}, {prediction.dtype}"
+    _out.print(f"[bold]{escape(about)}[/bold]" + (f" ({shape})" if shape else ""), highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for name in ("phase", "component"):
+        table.add_column(name, no_wrap=True)
+    for name in ("FLOPs", "bytes", "FLOPs/byte", "predicted", "share", "bound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for phase in prediction.phases.itertuples():
+        for row in prediction.table[prediction.table["phase"] == phase.phase].itertuples():
+            intensity = "-" if row.intensity != row.intensity else f"{row.intensity:.3g}"
+            share = f"{row.predicted_s / phase.predicted_s:.1%}"
+            counts = (f"{row.flops:.3g}", human_bytes(row.bytes), intensity, _human_seconds(row.predicted_s), share, row.bound)
+            table.add_row(phase.phase, row.component, *counts)
+        each = "" if phase.steps == 1 else f"{_human_seconds(phase.predicted_step_s)} a step"
+        total = (
+            f"{phase.flops:.3g}",
+            human_bytes(phase.bytes),
+            f"{phase.flops / phase.bytes:.3g}",
+            _human_seconds(phase.predicted_s),
+        )
+        table.add_row(phase.phase, "total", *total, "", each, style="bold", end_section=True)
+    _out.print(table)
+    memory = prediction.memory
+    parts = f"weights {human_bytes(memory.weights_bytes)} + KV cache {human_bytes(memory.kv_bytes)}"
+    verdict = "fits" if memory.fits else f"does not fit: the memory of {memory.devices} of them is needed"
+    _out.print(f"Memory: {parts} of {human_bytes(memory.memory_bytes)}: {verdict}.", highlight=False)
+    for note in prediction.notes:
+        _out.print(note, style="dim", highlight=False)
+
+
+def _print_beside(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="Predicted beside measured, a step", title_justify="left")
+    for name in ("phase", "steps", "measured, median", "shortest to longest", "predicted", "error"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for row in rows:
+        spread = f"{_human_seconds(row['measured_low_s'])} to {_human_seconds(row['measured_high_s'])}"
+        times = (_human_seconds(row["measured_s"]), spread, _human_seconds(row["predicted_s"]), f"{row['error_percent']:+.1f}%")
+        table.add_row(row["phase"], str(row["steps"]), *times)
+    _out.print(table)
+
+
+def _human_seconds(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size or unit == "µs":
+            return f"{seconds / size:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
+    raise AssertionError
 
 
 def _compare(model: str, workload: str, settings: dict[str, Any], methods: list[str], out: Path, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from workbench.folders import cache_directory
 from workbench.probes import nvml
 from workbench.probes.environment import environment
 
@@ -68,8 +69,6 @@ def _builtin_model() -> str:
 
 
 def _cache_directory() -> str:
-    from workbench.models.gemma import cache_directory
-
     directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / ".writable"

@@ -76,6 +76,37 @@ def test_anatomy_of_llama():
     assert anatomy.kv_bytes_per_token == 384
 
 
+def test_anatomy_from_a_config_alone(tmp_path):
+    """The same as a real model's, whatever says which: a name, a directory without weights, the file, the config."""
+    for name in builtin_names():
+        assert wb.anatomy(name) == wb.load(name).anatomy
+    config = random_gemma().config
+    expected = anatomy_of(random_gemma())
+    config.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    for source in (tmp_path, str(tmp_path), tmp_path / "config.json", config):
+        assert wb.anatomy(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_type": "t5"}', "describes no causal language model: Unrecognized configuration class"),
+        ('{"model_type": "nothing"}', "is no model config"),
+        ("not json", "is no model config: .* not a valid JSON file"),
+        ("{}", "is no model config"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "is no model config: .*'wide'"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "is no model config"),
+    ],
+)
+def test_a_config_of_nothing(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    for source in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(wb.UserError, match=message) as caught:
+            wb.anatomy(source)
+        assert "\n" not in str(caught.value)
+
+
 def test_anatomy_of_experts_and_windows():
     experts = anatomy_of(random_qwen_moe()).layers[0].experts
     assert (experts.num_experts, experts.top_k) == (6, 2)

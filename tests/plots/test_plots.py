@@ -81,6 +81,21 @@ def test_components_and_importance():
         wb.plots.importance_map(prof.trace, step=9)
 
 
+def test_roofline():
+    prediction = wb.predict(wb.anatomy(random_gemma().config), "h100-sxm", dtype="bf16", context=64)
+    figure = wb.plots.roofline(prediction)
+    roof, *drawn = figure.data
+    sheet, points = prediction.hardware, prediction.table[prediction.table["flops"] > 0]
+    assert roof.x[1] == sheet.ridge("bf16") and roof.y[1:] == (sheet.peak("bf16"), sheet.peak("bf16"))
+    assert roof.y[0] == pytest.approx(roof.x[0] * sheet.bandwidth)
+    assert {component.name for component in drawn} == set(points["component"])
+    assert sum(len(component.x) for component in drawn) == len(points) and len(set(drawn[0].marker.symbol)) == 2
+    for component in drawn:  # nothing lies above the roof
+        reach = np.minimum(np.array(component.x) * sheet.bandwidth, sheet.peak("bf16"))
+        assert (np.array(component.y) <= reach * (1 + 1e-9)).all()
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log" and "predicted" in figure.layout.yaxis.title.text
+
+
 def test_importance_of_a_session_is_by_position_after_eviction(tiny):
     session = wb.Session(tiny, wb.StreamingLLM(budget=10), importance="full")
     session.prefill(ids(40)[0].tolist())

@@ -9,8 +9,8 @@ import torch
 from transformers import AttentionInterface
 
 import workbench as wb
-from workbench.probes.attention import causal_pairs
 from workbench.testing import RANDOM_MODELS, ids, random_llama, random_qwen_moe
+from workbench.trace.pairs import causal_pairs
 
 
 def test_output_is_unchanged(random_lm):

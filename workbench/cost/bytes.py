@@ -66,12 +66,12 @@ def cache_append_bytes(batch, q_len, attention: Attention, element_bytes: int):
     return 2 * element_bytes * batch * q_len * attention.cached_elements
 
 
-def bytes_rows(trace: Trace, model: str = "fused") -> pd.DataFrame:
+def bytes_rows(trace: Trace, model: str = "fused", on_chip_bytes: int = ON_CHIP_BYTES) -> pd.DataFrame:
     """One row a step, layer (-1: outside the layers) and component, with its `bytes`."""
     if model not in MODELS:
         raise UserError(f"There is no byte model {model!r}; the models are {' and '.join(MODELS)}.")
     steps = trace.table("steps")
-    parts = _eager_rows(trace, steps) if model == "eager" else _fused_rows(trace, steps)
+    parts = _eager_rows(trace, steps) if model == "eager" else _fused_rows(trace, steps, on_chip_bytes)
     cache = trace.table("cache")
     scoring = cache["op"] == "score"
     for component, chosen in (("method", cache[scoring]), ("cache", cache[~scoring])):
@@ -80,9 +80,11 @@ def bytes_rows(trace: Trace, model: str = "fused") -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True).merge(steps[["step", "phase", "setup"]], on="step")
 
 
-def trace_bytes(trace: Trace, by: str | Sequence[str] | None, model: str) -> int | pd.DataFrame:
+def trace_bytes(
+    trace: Trace, by: str | Sequence[str] | None, model: str, on_chip_bytes: int = ON_CHIP_BYTES
+) -> int | pd.DataFrame:
     """Total bytes, or a frame grouped by any of `GROUPS`."""
-    return grouped(bytes_rows(trace, model), "bytes", by)
+    return grouped(bytes_rows(trace, model, on_chip_bytes), "bytes", by)
 
 
 def _eager_rows(trace: Trace, steps: pd.DataFrame) -> list[pd.DataFrame]:
@@ -120,12 +122,12 @@ def _eager_expert_rows(trace: Trace, steps: pd.DataFrame, traffic: dict) -> list
     return parts
 
 
-def _fused_rows(trace: Trace, steps: pd.DataFrame) -> list[pd.DataFrame]:
+def _fused_rows(trace: Trace, steps: pd.DataFrame, on_chip_bytes: int) -> list[pd.DataFrame]:
     anatomy = trace.anatomy
     attention = trace.table("attention")
     parts = _outside_layers(steps, anatomy)
     for layer in anatomy.layers:
-        parts += _layer_rows(layer, attention[attention["layer"] == layer.index], anatomy)
+        parts += _layer_rows(layer, attention[attention["layer"] == layer.index], anatomy, on_chip_bytes)
     return parts + _expert_rows(trace)
 
 
@@ -139,7 +141,7 @@ def _outside_layers(steps: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]
     ]
 
 
-def _layer_rows(layer: Layer, calls: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]:
+def _layer_rows(layer: Layer, calls: pd.DataFrame, anatomy: Anatomy, on_chip_bytes: int) -> list[pd.DataFrame]:
     size = anatomy.element_bytes
     tokens = calls["batch"] * calls["q_len"]
     parts = [_rows(calls, layer.index, "norm", sum(norm_bytes(tokens, norm, size) for norm in layer.norms))]
@@ -152,7 +154,8 @@ def _layer_rows(layer: Layer, calls: pd.DataFrame, anatomy: Anatomy) -> list[pd.
             moved = sum(linear_bytes(calls["batch"] * calls["kv_read"], linear, size) for linear in expanded)
             parts.append(_rows(calls, layer.index, component, moved))
     if len(calls):
-        moved = fused_attention_bytes(calls["batch"], calls["q_len"], calls["kv_read"], layer.attention, size)
+        sizes = (calls["batch"], calls["q_len"], calls["kv_read"])
+        moved = fused_attention_bytes(*sizes, layer.attention, size, on_chip_bytes)
         parts.append(_rows(calls, layer.index, "attention.scores", moved))
         cached = calls[calls["kv_held"] > 0]
         appended = cache_append_bytes(cached["batch"], cached["q_len"], layer.attention, size)

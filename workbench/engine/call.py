@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from workbench.probes.attention import causal_pairs
 from workbench.trace.anatomy import Attention
+from workbench.trace.pairs import causal_pairs
 from workbench.trace.store import TraceWriter
 
 

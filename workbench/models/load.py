@@ -13,12 +13,20 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from workbench.errors import UserError
 from workbench.models import gemma
 from workbench.models.anatomy import Anatomy, anatomy_of
+from workbench.models.blueprint import blueprint
 
 _HUB_TIMEOUT_S = 10
 
@@ -123,6 +131,35 @@ def load(
     return LM(name, model, tokenizer)
 
 
+def anatomy(source: str | Path | PreTrainedConfig) -> Anatomy:
+    """What a model is made of, from its config alone: no weight is read or allocated, so it may be of any size.
+
+    Args:
+        source: whatever `load` takes a name for, a directory that holds only a config.json, such a file, or a config.
+
+    Raises:
+        UserError: if there is no such config, or it describes no causal LM.
+    """
+    name = type(source).__name__ if isinstance(source, PreTrainedConfig) else str(source)
+    config = source if isinstance(source, PreTrainedConfig) else _read_config(name)
+    try:
+        return anatomy_of(blueprint(config))
+    except Exception as error:  # a config may hold anything, and model code fails on it in any way
+        raise UserError(f"{name} describes no causal language model: {_one_line(error)}") from None
+
+
+def _read_config(name: str) -> PreTrainedConfig:
+    place = Path(_place(name))
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise UserError(f"The directory {name} holds no config.json; give one that does, or the file itself.")
+    try:
+        return AutoConfig.from_pretrained(str(place), local_files_only=_is_here(place))
+    except Exception as error:  # checked by the config classes themselves, each in its way
+        if place.exists():
+            raise UserError(f"{name} is no model config: {_one_line(error)}") from None
+        raise UserError(_why_not(name, error)) from None
+
+
 def _place(name: str) -> str | Path:
     """Where `from_pretrained` finds a name."""
     if name in builtin_names():
@@ -161,6 +198,12 @@ def _why_not(name: str, error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".") + "."
+
+
+def _one_line(error: Exception) -> str:
+    """An error's first line, and the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".") + "."
 
 
 @contextmanager

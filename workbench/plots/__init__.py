@@ -5,5 +5,6 @@ from workbench.plots.components import components
 from workbench.plots.importance_map import importance_map
 from workbench.plots.kv_bytes import kv_bytes
 from workbench.plots.pareto import pareto
+from workbench.plots.roofline import roofline
 
-__all__ = ["cache_map", "components", "importance_map", "kv_bytes", "pareto"]
+__all__ = ["cache_map", "components", "importance_map", "kv_bytes", "pareto", "roofline"]

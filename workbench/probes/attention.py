@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from workbench.errors import UserError
 from workbench.models.anatomy import attention_modules
+from workbench.trace.pairs import causal_pairs
 
 
 class AttentionObserver(Protocol):
@@ -122,12 +123,3 @@ def visible_pairs(
     seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
     per_row = seen.sum() // (seen.shape[0] * seen.shape[1]) if seen.shape[0] == 1 else None
     return per_row * batch if per_row is not None else seen.sum() // seen.shape[1]
-
-
-def causal_pairs(num_queries: int, num_slots: int, window: int | None = None) -> int:
-    """Pairs the causal mask lets through when the queries are the last of `num_slots` tokens, each seeing `window`."""
-    first = num_slots - num_queries + 1
-    if window is None or num_slots <= window:
-        return num_queries * (first + num_slots) // 2
-    growing = max(0, window - first)
-    return growing * (first + first + growing - 1) // 2 + (num_queries - growing) * window

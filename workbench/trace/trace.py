@@ -119,11 +119,16 @@ class Trace:
 
         return trace_flops(self, by, convention)
 
-    def bytes(self, by: str | Sequence[str] | None = None, model: str = "fused") -> int | pd.DataFrame:
-        """Bytes moved, by the eager or the fused model. See `workbench.cost.bytes`."""
-        from workbench.cost.bytes import trace_bytes
+    def bytes(
+        self, by: str | Sequence[str] | None = None, model: str = "fused", on_chip_bytes: int | None = None
+    ) -> int | pd.DataFrame:
+        """Bytes moved, by the eager or the fused model. See `workbench.cost.bytes`.
 
-        return trace_bytes(self, by, model)
+        `on_chip_bytes` is the fast memory a fused attention kernel may use per block; None is that of an A100.
+        """
+        from workbench.cost.bytes import ON_CHIP_BYTES, trace_bytes
+
+        return trace_bytes(self, by, model, on_chip_bytes or ON_CHIP_BYTES)
 
     def energy(self) -> pd.DataFrame:
         """Energy (measured) by phase and device: joules and their error, joules a token, mean power, or why not.

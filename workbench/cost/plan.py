@@ -1,0 +1,127 @@
+"""A run that has not happened: the counts a prefill and its decode steps would leave in a trace, from an anatomy alone.
+
+They are those of transformers with a dense cache: a sliding layer holds its window, decode reads everything held. Where there
+are more than `MAX_STEPS` decode steps, one in the middle of each stretch of them stands for the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from workbench.cost.flops import attention_flops
+from workbench.errors import UserError
+from workbench.trace.anatomy import Anatomy
+from workbench.trace.pairs import causal_pairs
+from workbench.trace.schema import TABLES
+from workbench.trace.trace import Trace
+
+MAX_STEPS = 256
+
+_LARGEST_COUNT = 2**62
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A planned run: `batch` rows with a prompt of `context` tokens each, then `new_tokens` decode steps."""
+
+    anatomy: Anatomy
+    batch: int
+    context: int
+    new_tokens: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("context", 1), ("new_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} cannot be {getattr(self, name)}; ask for {least} or more.")
+        pairs = self.batch * causal_pairs(self.context, self.context)
+        for layer in self.anatomy.layers:
+            if attention_flops(pairs, layer.attention) > _LARGEST_COUNT:
+                raise UserError(
+                    f"A batch of {self.batch} with {self.context} tokens each is more than can be counted; ask for less."
+                )
+
+    def trace(self) -> tuple[Trace, pd.Series]:
+        """The trace such a run would leave, times left null, and how many steps each of its steps stands for."""
+        decode = [(int(np.mean(part)), len(part)) for part in self._decode_contexts()]
+        steps = pd.DataFrame(
+            {
+                "step": range(1 + len(decode)),
+                "phase": ["prefill"] + ["decode"] * len(decode),
+                "batch": self.batch,
+                "tokens": [self.batch * self.context] + [self.batch] * len(decode),
+                "context": [self.context] + [context for context, _ in decode],
+                "logits": self.batch,
+                "setup": "dense",
+            }
+        )
+        repeats = pd.Series([1] + [count for _, count in decode], index=steps["step"])
+        tables = {name: _table(name, {}) for name in TABLES}
+        tables |= {"steps": _table("steps", steps), "attention": _table("attention", self._attention(steps))}
+        meta = {"anatomy": self.anatomy.to_dict(), "setup": "dense", "planned": True, "complete": True}
+        return Trace(meta, tables), repeats
+
+    def experts(self, trace: Trace) -> pd.DataFrame:
+        """Tokens sent to experts and experts hit, `step, layer, tokens, hit`, if every token chose independently.
+
+        Of E experts, `t` tokens with k choices each hit `E (1 - (1 - k/E)^t)` on average. Real routers are correlated and hit
+        fewer.
+        """
+        steps = trace.table("steps")
+        parts = [pd.DataFrame(columns=["step", "layer", "tokens", "hit"], dtype=float)]
+        for layer in self.anatomy.layers:
+            if layer.experts is not None:
+                hit = expected_hits(steps["tokens"], layer.experts.num_experts, layer.experts.top_k)
+                sent = steps["tokens"] * layer.experts.top_k
+                parts.append(pd.DataFrame({"step": steps["step"], "layer": layer.index, "tokens": sent, "hit": hit}))
+        return pd.concat(parts[1:] or parts, ignore_index=True)
+
+    def _decode_contexts(self) -> list[np.ndarray]:
+        """Tokens seen after each decode step, in at most `MAX_STEPS` stretches, the last step by itself."""
+        contexts = np.arange(self.context + 1, self.context + self.new_tokens + 1)
+        stretches = [*np.array_split(contexts[:-1], min(MAX_STEPS - 1, max(1, len(contexts) - 1))), contexts[-1:]]
+        return [stretch for stretch in stretches if len(stretch)]
+
+    def _attention(self, steps: pd.DataFrame) -> pd.DataFrame:
+        parts = []
+        for layer in self.anatomy.layers:
+            window = layer.attention.window
+            prefill = steps["phase"] == "prefill"
+            read = steps["context"] if window is None else steps["context"].where(prefill, steps["context"].clip(upper=window))
+            pairs = read.where(~prefill, causal_pairs(self.context, self.context, window))
+            slides = window is not None and self.context > window
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "step": steps["step"],
+                        "layer": layer.index,
+                        "batch": self.batch,
+                        "q_len": steps["tokens"] // self.batch,
+                        "kv_read": read,
+                        "kv_held": read,
+                        "pairs": self.batch * pairs,
+                        "kernel": "sdpa",
+                        "mask": np.where(prefill & slides, "padded or sliding", "causal"),
+                    }
+                )
+            )
+        return pd.concat(parts, ignore_index=True)
+
+
+def expected_hits(tokens: Any, num_experts: int, top_k: int) -> Any:
+    """How many of `num_experts` are hit on average when each token chooses `top_k` of them independently of the others."""
+    return num_experts * (1 - (1 - top_k / num_experts) ** tokens)
+
+
+def _table(name: str, columns: Any) -> pa.Table:
+    """Columns as a table of a trace; those not given are null, or missing with all rows."""
+    schema = TABLES[name]
+    length = len(columns) if len(columns) else 0
+    return pa.table(
+        [pa.array(columns[each.name], each.type) if each.name in columns else pa.nulls(length, each.type) for each in schema],
+        schema=schema,
+    )
