@@ -356,19 +356,17 @@ def _print_prediction(prediction: Prediction) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for name in ("phase", "component"):
         table.add_column(name, no_wrap=True)
-    for name in ("FLOPs", "bytes", "FLOPs/byte", "predicted", "share", "bound"):
+    for name in ("FLOPs", "bytes", "predicted", "share", "bound"):
         table.add_column(name, justify="right", no_wrap=True)
     for phase in prediction.phases.itertuples():
         for row in prediction.table[prediction.table["phase"] == phase.phase].itertuples():
-            intensity = "-" if row.intensity != row.intensity else f"{row.intensity:.3g}"
             share = f"{row.predicted_s / phase.predicted_s:.1%}"
-            counts = (f"{row.flops:.3g}", human_bytes(row.bytes), intensity, _human_seconds(row.predicted_s), share, row.bound)
+            counts = (f"{row.flops:.3g}", human_bytes(row.bytes), _human_seconds(row.predicted_s), share, row.bound)
             table.add_row(phase.phase, row.component, *counts)
-        each = "" if phase.steps == 1 else f"{_human_seconds(phase.predicted_step_s)} a step"
+        each = "" if phase.steps == 1 else f"{_human_seconds(phase.predicted_step_s)}/step"
         total = (
             f"{phase.flops:.3g}",
             human_bytes(phase.bytes),
-            f"{phase.flops / phase.bytes:.3g}",
             _human_seconds(phase.predicted_s),
         )
         table.add_row(phase.phase, "total", *total, "", each, style="bold", end_section=True)

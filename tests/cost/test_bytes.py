@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 import workbench as wb
@@ -37,6 +39,15 @@ def test_fused_attention_passes():
     # causal share (1 + 1/4) / 2 = 0.625 of 4 passes * 2 heads * 1024 * 16
     expected = 4 * (4 * 1024 * 16 + int(4 * 0.625 * 2 * 1024 * 16))
     assert fused_attention_bytes(1, 1024, 1024, HEADS, 4, on_chip_bytes=32 * 1024) == expected
+
+
+def test_fused_attention_under_a_window_reads_the_window_and_a_block_a_pass():
+    # As above: 4 passes over 1024 queries of 2 heads a group, each over a window of 100 and its own 512 / 2 = 256 tokens.
+    sliding = replace(HEADS, window=100)
+    assert fused_attention_bytes(1, 1024, 1024, sliding, 4, on_chip_bytes=32 * 1024) == 4 * (4 * 1024 * 16 + 4 * 2 * 356 * 16)
+    # A window wider than the prompt changes nothing.
+    wide = replace(HEADS, window=5000)
+    assert fused_attention_bytes(1, 1024, 1024, wide, 4) == fused_attention_bytes(1, 1024, 1024, HEADS, 4)
 
 
 def test_experts_count_what_was_hit():

@@ -49,16 +49,19 @@ def fused_attention_bytes(batch, q_len, kv_read, attention: Attention, element_b
 
     A block holds `M / (2 D)` query rows (M = on-chip elements; the G query heads of a kv head share a pass), so K and V
     are read `passes = ceil(G q_len / block)` times; a causal prefill skips the blocks above the diagonal, a factor
-    `(1 + 1/passes) / 2`. Source: I/O complexity of attention, arXiv 2402.07443, with FlashAttention-2's block rule.
+    `(1 + 1/passes) / 2`, and a sliding window those before it: a pass reads the window and its own tokens. Source: I/O complexity of attention, arXiv 2402.07443, with FlashAttention-2's block rule.
     """
     block = max(1, on_chip_bytes // element_bytes // (2 * attention.head_dim))
     rows = np.asarray(q_len) * attention.group
     passes = -(-rows // block)
     new_only = np.asarray(q_len) == np.asarray(kv_read)
     share = np.where(new_only, (1 + 1 / passes) / 2, 1.0)
-    key_value = attention.num_kv_heads * np.asarray(kv_read) * (attention.head_dim + attention.value_dim)
+    slots = np.asarray(kv_read) * share
+    if attention.window is not None:
+        slots = np.minimum(slots, attention.window + -(-block // attention.group))
+    key_value = attention.num_kv_heads * slots * (attention.head_dim + attention.value_dim)
     q_and_out = attention.num_q_heads * np.asarray(q_len) * (attention.head_dim + attention.value_dim)
-    return (element_bytes * np.asarray(batch) * (q_and_out + np.rint(key_value * passes * share))).astype(np.int64)
+    return (element_bytes * np.asarray(batch) * (q_and_out + np.rint(key_value * passes))).astype(np.int64)
 
 
 def cache_append_bytes(batch, q_len, attention: Attention, element_bytes: int):
