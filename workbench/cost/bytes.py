@@ -49,7 +49,8 @@ def fused_attention_bytes(batch, q_len, kv_read, attention: Attention, element_b
 
     A block holds `M / (2 D)` query rows (M = on-chip elements; the G query heads of a kv head share a pass), so K and V
     are read `passes = ceil(G q_len / block)` times; a causal prefill skips the blocks above the diagonal, a factor
-    `(1 + 1/passes) / 2`, and a sliding window those before it: a pass reads the window and its own tokens. Source: I/O complexity of attention, arXiv 2402.07443, with FlashAttention-2's block rule.
+    `(1 + 1/passes) / 2`, and a sliding window those before it: a pass reads the window and its own tokens.
+    Source: I/O complexity of attention, arXiv 2402.07443, with FlashAttention-2's block rule.
     """
     block = max(1, on_chip_bytes // element_bytes // (2 * attention.head_dim))
     rows = np.asarray(q_len) * attention.group
