@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ class TraceWriter:
             rows.clear()
 
     def close(self, **meta: Any) -> None:
-        """Writes what is left and marks the trace complete."""
+        """Writes what is left and marks the trace complete, or not where `meta` says so."""
         self.flush(everything=True)
-        self.meta |= {**meta, "complete": True}
+        self.meta |= {"complete": True, **meta}
         if self.directory is not None:
             write_meta(self.directory, self.meta)
 
@@ -97,21 +98,29 @@ def prepare_directory(directory: Path) -> None:
 
 
 def write_meta(directory: Path, meta: dict[str, Any]) -> None:
-    """Writes `meta.json`, replacing it whole."""
-    target = directory / "meta.json"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(meta, indent=1))
-    os.replace(temporary, target)
+    """Writes `meta.json`, replacing it whole. Raises UserError if it cannot."""
+    with _replacing(directory / "meta.json") as temporary:
+        temporary.write_text(json.dumps(meta, indent=1))
 
 
 def write_part(directory: Path, name: str, number: int, table: pa.Table) -> None:
-    """Writes one Parquet part of a table."""
-    folder = directory / name
-    folder.mkdir(exist_ok=True)
-    target = folder / f"part-{number:06d}.parquet"
+    """Writes one Parquet part of a table. Raises UserError if it cannot."""
+    with _replacing(directory / name / f"part-{number:06d}.parquet") as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary file that takes the target's place once it is whole."""
     temporary = target.with_suffix(".tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, target)
+    try:
+        target.parent.mkdir(exist_ok=True)
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write the trace to {target} ({error.strerror or error}); make room, or choose another folder."
+        ) from error
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
