@@ -57,7 +57,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def _deepest_stack(model: nn.Module) -> list[nn.Module]:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     stacks = [stack for stack in lists if all(_find_attention(block) is not None for block in stack)]
-    return list(max(stacks, key=len)) if stacks else []
+    return list(dict.fromkeys(max(stacks, key=len))) if stacks else []  # a block that is listed twice runs twice
 
 
 def decoder(model: nn.Module) -> nn.Module:

@@ -86,9 +86,7 @@ class LayerCheck:
         if beyond:
             step.unattributed.append((self._names[block], beyond))
         if beyond < 0:
-            self._note(
-                "Some matrices of a layer did not run for every token; `unattributed` takes off what they would have done."
-            )
+            self._note("Matrices of some layers did not run for every token; `unattributed` takes off what they did not do.")
         self._conclude(self._kinds[layer], step.past > 0, beyond == 0 and layer not in step.unknown_attention)
 
     def _beyond_anatomy(self, step: Step, layer: int, counted: int) -> int:

@@ -117,7 +117,8 @@ class Trace:
             for name in TABLES
         }
         first = next(iter(traces.values()))
-        meta = {**first.meta, "runs": {run: trace.meta for run, trace in traces.items()}}
+        meta = {**first.meta, "runs": {run: trace.meta for run, trace in traces.items()}, "unfinished_steps": []}
+        meta["notes"] = [f"{run}: {note}" for run, trace in traces.items() for note in trace.notes]
         return Trace({**meta, "complete": all(trace.complete for trace in traces.values())}, tables)
 
     def flops(self, by: str | Sequence[str] | None = None, convention: str = "full") -> int | pd.DataFrame:
