@@ -25,12 +25,12 @@ import workbench as wb
 from workbench.engine.check import check_engine
 from workbench.testing import SMALL, footprint, ids, random_llama, random_model
 
-FAMILIES = ("llama", "gemma3_text", "deepseek_v3", "qwen3_moe", "falcon", "bloom", "gpt_oss")
+FAMILIES = ("llama", "gemma3_text", "deepseek_v3", "qwen3_moe", "falcon")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
-    return random_model(request.param, attn_implementation="eager", experts_implementation="eager")
+    return random_model(request.param, attn_implementation="eager", experts_implementation="batched_mm")
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ class Session:
         """What was recorded so far."""
         self._resolve()
         writer = self._call.writer
-        return Trace({**writer.meta, "complete": True}, writer.tables())
+        return Trace({**writer.meta, "complete": not self._interrupted}, writer.tables())
 
     @property
     def physical_bytes(self) -> int:
@@ -207,7 +207,7 @@ class Session:
     def close(self) -> None:
         """Ends the trace on disk, if the session writes one."""
         self._resolve()
-        self._call.writer.close()
+        self._call.writer.close(complete=not self._interrupted)
 
     @torch.no_grad()
     def _forward(self, rows: list[list[int]], phase: str) -> torch.Tensor:
@@ -228,19 +228,23 @@ class Session:
         call.has_padding = any(padding)
         call.positions = positions.clamp_(min=-1) if call.has_padding else positions
         call.seen = [seen + len(row) for seen, row in zip(past, rows, strict=True)]
-        with self._attached():
-            started = time.perf_counter_ns()
-            out = self.lm.model(
-                input_ids=ids,
-                position_ids=positions.clamp(min=0) if call.has_padding else positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                **self._forward_options,
-            )
-            logits = out.logits[:, -1].float()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            duration = time.perf_counter_ns() - started
+        try:
+            with self._attached():
+                started = time.perf_counter_ns()
+                out = self.lm.model(
+                    input_ids=ids,
+                    position_ids=positions.clamp(min=0) if call.has_padding else positions,
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    **self._forward_options,
+                )
+                logits = out.logits[:, -1].float()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                duration = time.perf_counter_ns() - started
+        except BaseException:
+            call.writer.leave_out(call.step, phase, len(rows), len(rows) * length)
+            raise
         self._record(rows, out.logits.shape[1], started, duration)
         for known, row in zip(self._tokens, rows, strict=True):
             known += row

@@ -47,6 +47,14 @@ class TraceWriter:
         """Appends several rows."""
         self.rows[table].extend(rows)
 
+    def leave_out(self, step: int, phase: str, batch: int, tokens: int) -> None:
+        """Takes back the rows of a forward call that did not finish, none of them written yet, and says so in the meta."""
+        for name, rows in self.rows.items():
+            if "step" in TABLES[name].names:
+                at = TABLES[name].get_field_index("step")
+                rows[:] = [row for row in rows if row[at] != step]
+        self.meta.setdefault("unfinished_steps", []).append({"step": step, "phase": phase, "batch": batch, "tokens": tokens})
+
     def flush(self, everything: bool = False) -> None:
         """Writes the tables that have grown large, or all of them."""
         for name, rows in self.rows.items():
