@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
 
 SMALL = dict(
     vocab_size=96,
@@ -110,3 +114,24 @@ def ids(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Random token ids `[batch, length]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, SMALL["vocab_size"], (batch, length), generator=generator)
+
+
+def footprint(model: nn.Module) -> dict[str, Any]:
+    """All that observing or changing a model could leave behind, in it and in transformers, to be compared by `==`."""
+    modules = dict(model.named_modules())
+    configs = {name: module.config for name, module in modules.items() if hasattr(module, "config")}
+    return {
+        "weights": {name: tensor.numpy(force=True).tobytes() for name, tensor in model.state_dict().items()},
+        "attributes": {name: _attributes(module) for name, module in modules.items()},
+        "configs": {name: copy.deepcopy(vars(config)) for name, config in configs.items()},
+        "training": {name: module.training for name, module in modules.items()},
+        "attention functions": dict(AttentionInterface._global_mapping),
+        "mask functions": dict(AttentionMaskInterface._global_mapping),
+        "lookup": AttentionInterface.get_interface,
+        "modes": len(_get_current_dispatch_mode_stack()),
+    }
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module object holds beside its weights: names, and the keys of every hook table."""
+    return {name: list(value) if "hooks" in name else None for name, value in vars(module).items()}

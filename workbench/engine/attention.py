@@ -6,17 +6,25 @@ mask function is registered under the name, so transformers builds no mask: the 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import AttentionInterface
 
+from workbench.errors import UserError
+
 NAME = "workbench"
+
+_turn = threading.RLock()
+"""A model's config says for all threads which attention it has, so calls through the engine take turns."""
 
 
 def workbench_attention(module, query, key, value, attention_mask, **kwargs):
-    """Attention over an engine cache layer, which `key` is."""
+    """Attention over an engine cache layer, which `key` is. Raises UserError where it is none."""
+    if not hasattr(key, "attend"):
+        raise UserError("This model is running a session in another thread; call it when the session's call is done.")
     return key.attend(module, query, **kwargs)
 
 
@@ -29,11 +37,12 @@ def engine_attention(configs: list[Any]) -> Iterator[None]:
 
     `configs` are the model's `attention_configs`.
     """
-    previous = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = NAME
-        yield
-    finally:
-        for config, implementation in zip(configs, previous, strict=True):
-            config._attn_implementation_internal = implementation
+    with _turn:
+        previous = [config._attn_implementation for config in configs]
+        try:
+            for config in configs:
+                config._attn_implementation_internal = NAME
+            yield
+        finally:
+            for config, implementation in zip(configs, previous, strict=True):
+                config._attn_implementation_internal = implementation

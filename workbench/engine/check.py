@@ -46,7 +46,7 @@ def check_engine(model: nn.Module, anatomy: Anatomy) -> None:
                 part = ids[:, start:stop]
                 out = model(input_ids=part, position_ids=call.positions, past_key_values=cache, use_cache=True)
                 given.append(out.logits[0].float())
-    except AttributeError as error:
+    except (AttributeError, UserError) as error:
         raise UserError(_refusal(model, "its attention does not go through transformers' attention interface")) from error
     except (TypeError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

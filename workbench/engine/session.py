@@ -127,7 +127,7 @@ class Session:
         self._resolve()
         writer = self._call.writer
         self._importance.flush()
-        return Trace({**writer.meta, **self._derived(), "complete": True}, writer.tables())
+        return Trace({**writer.meta, **self._derived(), "complete": not self._interrupted}, writer.tables())
 
     @property
     def physical_bytes(self) -> int:
@@ -228,7 +228,7 @@ class Session:
         self._devices.stop()
         self._resolve()
         self._importance.flush()
-        self._call.writer.close(**self._derived())
+        self._call.writer.close(complete=not self._interrupted, **self._derived())
 
     def _derived(self) -> dict[str, Any]:
         """What a trace's meta says once the run is over."""
@@ -254,21 +254,25 @@ class Session:
         call.has_padding = any(padding)
         call.positions = positions.clamp_(min=-1) if call.has_padding else positions
         call.seen = [seen + len(row) for seen, row in zip(past, rows, strict=True)]
-        with self._attached():
-            if self._spans:
-                self._spans.take()
-            started = time.perf_counter_ns()
-            out = self.lm.model(
-                input_ids=ids,
-                position_ids=positions.clamp(min=0) if call.has_padding else positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                **self._forward_options,
-            )
-            logits = out.logits[:, -1].float()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            duration = time.perf_counter_ns() - started
+        try:
+            with self._attached():
+                if self._spans:
+                    self._spans.take()
+                started = time.perf_counter_ns()
+                out = self.lm.model(
+                    input_ids=ids,
+                    position_ids=positions.clamp(min=0) if call.has_padding else positions,
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    **self._forward_options,
+                )
+                logits = out.logits[:, -1].float()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                duration = time.perf_counter_ns() - started
+        except BaseException:
+            call.writer.leave_out(call.step, phase, len(rows), len(rows) * length)
+            raise
         self._record(rows, out.logits.shape[1], started, duration)
         for known, row in zip(self._tokens, rows, strict=True):
             known += row

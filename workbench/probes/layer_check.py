@@ -2,8 +2,8 @@
 
 The first layer of each kind runs under a FLOP counter at the first forward call, and at the first with a past: from
 then on, a kind that adds up costs nothing. A kind that does not (a state-space mixer beside the attention, an indexer)
-stays under the counter in all its layers, and what the anatomy does not place is reported as `unattributed`. Attention
-that goes through transformers' interface and experts are left out of the comparison: they are measured where they run.
+stays under the counter in all its layers, and what the anatomy does not place is reported as `unattributed`. Experts
+are left out of the comparison, since they are measured by their routing, and attention counts by its shapes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +21,8 @@ from workbench.models.anatomy import decoder_layers, expert_modules
 from workbench.probes.counting import NestedCounts
 from workbench.probes.step import Step
 from workbench.trace.anatomy import Anatomy
+
+_PLAIN = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 
 class LayerCheck:
@@ -80,36 +83,29 @@ class LayerCheck:
             return
         layer = self._layers[block]
         beyond = self._beyond_anatomy(step, layer, counted)
-        if beyond > 0:
+        if beyond:
             step.unattributed.append((self._names[block], beyond))
-        self._conclude(self._kinds[layer], step.past > 0, beyond == 0)
+        if beyond < 0:
+            self._note("Matrices of some layers did not run for every token; `unattributed` takes off what they did not do.")
+        self._conclude(self._kinds[layer], step.past > 0, beyond == 0 and layer not in step.unknown_attention)
 
     def _beyond_anatomy(self, step: Step, layer: int, counted: int) -> int:
-        """FLOPs of a layer's call that its anatomy does not place."""
+        """FLOPs of a layer's call that its anatomy does not place; negative where some of its matrices did not run."""
         facts = self._anatomy.layers[layer]
-        calls = [row[1:4] for row in step.attention if row[0] == layer]
-        seen = bool(calls)
-        if not seen:
-            calls = [(step.batch, step.q_len, step.slots_read(layer))]
-        tokens = sum(batch * q_len for batch, q_len, _ in calls)
-        keys = sum(batch * kv_read for batch, _, kv_read in calls)
-        beyond = counted - sum(linear_flops(keys if linear.per_key else tokens, linear) for linear in facts.linears)
-        if not seen:
-            all_pairs = attention_flops(sum(batch * q_len * read for batch, q_len, read in calls), facts.attention)
-            if beyond == all_pairs:
-                return 0
-            if beyond > 0:
-                step.unknown_attention.add(layer)
-            else:
-                self._note(
-                    f"The attention of layer {layer} is of the model's own and cannot be checked; it is taken for causal."
-                )
-                return 0
-        if beyond < 0:
-            self._note(
-                f"Layer {layer} did {counted} FLOPs where its matrices make {counted - beyond}: some did not run, or are "
-                "multiplied by kernels that torch's counter does not know; they are counted in full."
-            )
+        this_call = (layer, step.ran[layer])
+        call = step.attention.get(this_call)
+        batch, q_len, kv_read = (step.batch, step.q_len, step.slots_read(layer)) if call is None else call[:3]
+        placed = sum(linear_flops(batch * (kv_read if each.per_key else q_len), each) for each in facts.linears)
+        beyond = counted - placed
+        all_pairs = attention_flops(batch * q_len * kv_read, facts.attention)
+        if call is not None:
+            beyond += max(0, step.counted_attention[this_call] - all_pairs)
+        elif beyond == all_pairs:
+            return 0
+        else:
+            step.unknown_attention.add(layer)
+        if beyond < 0 and not _counts_all(self._blocks[layer]):
+            self._note("Matrices of a kind that torch's counter does not know are counted by their sizes, unchecked.")
             return 0
         return beyond
 
@@ -137,3 +133,8 @@ class LayerCheck:
 def _kind(anatomy: Anatomy, layer: int, block: nn.Module) -> tuple:
     """What layers of one make have in common: their sizes and the classes of their parts."""
     return replace(anatomy.layers[layer], index=0), tuple(type(part) for part in block.modules())
+
+
+def _counts_all(block: nn.Module) -> bool:
+    """Whether torch multiplies every matrix of the block itself, with no quantised kernel it could not count."""
+    return all(parameter.dtype in _PLAIN for parameter in block.parameters() if parameter.ndim > 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -16,8 +17,8 @@ def check_observable(model: nn.Module) -> None:
     """Raises UserError, with the next step, for a compiled model and for a module that only wraps a model."""
     if next(_compiled(model), None) is not None:
         raise UserError(
-            f"{type(model).__name__} is compiled, and a compiled graph runs past the probes; profile it before "
-            "torch.compile, or model._orig_mod where that made a copy."
+            f"{type(model).__name__} is compiled, and a compiled graph runs past the probes; profile the model without "
+            "torch.compile (model._orig_mod, where torch.compile(model) made a copy)."
         )
     inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
     if inner is not None and inner is not model:
@@ -33,10 +34,13 @@ def _compiled(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-@torch.compiler.disable
+_COMPILING = (
+    "This forward call is being compiled, and a compiled graph runs past the probes; pass disable_compile=True to "
+    "generate(), or call the model without torch.compile."
+)
+
+
+@functools.partial(torch.compiler.disable, reason=_COMPILING)
 def refuse_compiled() -> None:
     """Raises UserError out of a graph that is being compiled, as `generate` does with a static cache on a GPU."""
-    raise UserError(
-        "This forward call is being compiled, and a compiled graph runs past the probes; pass disable_compile=True to "
-        "generate(), or call the model without torch.compile."
-    )
+    raise UserError(_COMPILING)

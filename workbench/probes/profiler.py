@@ -30,7 +30,7 @@ from workbench.probes.observable import check_observable, refuse_compiled
 from workbench.probes.spans import SpanProbe, elapsed_ns, mark, span_rows
 from workbench.probes.step import Step
 from workbench.probes.traffic import eager_traffic
-from workbench.probes.unobserved import is_unobserved
+from workbench.probes.unobserved import is_unobserved, unobserved
 from workbench.probes.unplaced import UnplacedProbe
 from workbench.trace.store import TraceWriter
 from workbench.trace.trace import Trace
@@ -38,6 +38,8 @@ from workbench.trace.traffic import regime
 
 _STEPS_HELD = 64
 """Steps whose device tensors may wait before they are fetched in one go."""
+
+_PAGED = "generate_batch() packs several requests into one call over a paged cache, which is not measured; use generate()."
 
 
 class Profile:
@@ -69,7 +71,7 @@ class Profile:
             "device_period_s": self._devices.period_s,
         }
         self._writer = TraceWriter(meta, Path(out) if out is not None else None)
-        self._routing = RoutingProbe(model)
+        self._routing: RoutingProbe | None = RoutingProbe(model)
         self._spans = SpanProbe(model) if spans else None
         self._detach = ExitStack()
         self._used = False
@@ -78,7 +80,7 @@ class Profile:
         self._steps: dict[int, Step] = {}
         """The forward call in progress, by thread."""
         self._latest: dict[int, Step] = {}
-        """The last call of the decoder alone, by thread: an output head may follow."""
+        """The last finished call, by thread: where it was the decoder's alone, the output head may follow."""
         self._pending: list[Step] = []
         self._importance = ImportanceLog(self._writer)
         self._regimes: set[str] = set()
@@ -105,25 +107,27 @@ class Profile:
             self._leave_unfinished(step)
         self._conclude()
         overhead = {"own_ns": self._own_ns, "how": "time spent inside the probes' own hooks, summed"}
+        ending = {"complete": error is None, **({"error": repr(error)} if error else {})}
         try:
             self._resolve()
             self._importance.flush()
-            self._writer.close(own_overhead=overhead, **self._findings(), **({"error": repr(error)} if error else {}))
+            self._writer.close(own_overhead=overhead, **self._findings(), **ending)
         except UserError as failure:
             if error is None:
                 raise
             error.add_note(str(failure))
         finally:
-            self.model = self._spans = None
+            self.model = self._routing = self._spans = None
             self._steps.clear()
             self._latest.clear()
 
     @property
     def trace(self) -> Trace:
         """What was recorded so far."""
-        self._resolve()
-        self._importance.flush()
-        return Trace({**self._writer.meta, **self._findings()}, self._writer.tables())
+        with self._lock:
+            self._resolve()
+            self._importance.flush()
+            return Trace({**self._writer.meta, **self._findings()}, self._writer.tables())
 
     def _attach(self, model: nn.Module, stack: ExitStack) -> None:
         counts = NestedCounts()
@@ -139,8 +143,7 @@ class Profile:
         for probe in probes:
             stack.callback(probe.detach)
             probe.attach()
-        hooks = [model.get_output_embeddings().register_forward_pre_hook(self._before_head)]
-        stack.callback(hooks[0].remove)
+        stack.callback(model.get_output_embeddings().register_forward_pre_hook(self._before_head).remove)
         for layer, module in enumerate(attention_modules(model)):
             stack.callback(module.register_forward_pre_hook(self._layer_observer(layer)).remove)
         for module in dict.fromkeys((model, decoder(model))):
@@ -201,6 +204,9 @@ class Profile:
         entering = ids if ids is not None else given.get("inputs_embeds")
         if entering is None:
             return None
+        if given.get("cache") is not None:
+            self._note(_PAGED)  # generate_batch() keeps an error of its worker thread to itself
+            raise UserError(_PAGED)
         cache = given.get("past_key_values")
         cache = cache if isinstance(cache, Cache) else None
         mask = given.get("attention_mask")
@@ -231,7 +237,7 @@ class Profile:
         def observe(module: nn.Module, args: tuple) -> None:
             step = self._current()
             if step is not None:
-                step.ran.append(layer)
+                step.ran[layer] += 1
 
         return observe
 
@@ -248,7 +254,7 @@ class Profile:
     def after_attention(self, layer: int, module: nn.Module, query, key, mask, options: dict[str, Any], kernel: str) -> None:
         """Records a layer's attention call: queries `[B, Hq, Q, D]`, keys `[B, H, N, D]`."""
         own = time.perf_counter_ns()
-        self._counts.leave(module)
+        inside = self._counts.leave(module)
         step = self._current()
         if step is None:
             self._outside += not is_unobserved()
@@ -262,9 +268,15 @@ class Profile:
             counted = step.pairs[id(mask), kv_read, window] = visible_pairs(q_len, kv_read, batch, mask, window)
             step.masks.append(mask)
         kind = "causal" if mask is None else "padded or sliding"
-        step.attention.append((layer, batch, q_len, kv_read, counted, kernel, kind))
+        call = (layer, step.ran[layer])
+        if call in step.attention:  # an attention that asks for the function twice, as a differential one does
+            _, _, read_before, counted_before, *_ = step.attention[call]
+            kv_read, counted = kv_read + read_before, counted + counted_before
+        step.counted_attention[call] += inside or 0
+        step.attention[call] = (batch, q_len, kv_read, counted, kernel, kind)
         if observes(self.importance, q_len):
-            step.importance.append((layer, *self._mass(step, layer, query, key, mask, options)))
+            with unobserved():  # our own products are no part of a layer that is being checked
+                step.importance.append((layer, *self._mass(step, layer, query, key, mask, options)))
         self._own_ns += time.perf_counter_ns() - own
 
     def _mass(self, step: Step, layer: int, query, key, mask, options: dict) -> tuple[torch.Tensor, int]:
@@ -276,7 +288,7 @@ class Profile:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             occupied = seen[:, :1].any(2).expand(key.shape[:3])
         if step.mask is not None:
-            asking = step.mask[:, -step.q_len :].bool()
+            asking = step.mask[:, -step.q_len :].bool().to(query.device)
         return attention_mass(
             self.importance,
             query,
@@ -306,9 +318,10 @@ class Profile:
         step.ended = mark(step.device)
         if self._spans:
             step.spans = self._spans.take()
-        cache = getattr(output, "past_key_values", None) or step.given_cache
-        step.cache = self._cache_facts(step, cache) if isinstance(cache, Cache) else []
-        step.attention += list(_unseen_attention(step))
+        returned = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        cache = next((part for part in (*returned, step.given_cache) if isinstance(part, Cache)), None)
+        step.cache = [] if cache is None else self._cache_facts(step, cache)
+        step.attention |= dict(_unseen_attention(step))
         step.given_cache = step.mask = None
         step.routing = self._routing.take()
         self._latest[thread] = step
@@ -330,7 +343,7 @@ class Profile:
             )
         if self._routing.missed:
             self._note(f"{self._routing.missed} calls of experts did not show which were chosen; they are not in this trace.")
-        if next(self._numbers) == 0:
+        if next(self._numbers) == 0 and not self._notes:
             self._note("No forward call was seen: the model was not called in the block, or a compiled copy of it was.")
 
     def _cache_facts(self, step: Step, cache: Cache) -> list[tuple[int, int, int]]:
@@ -372,7 +385,7 @@ class Profile:
         add("steps", step.number, step.phase, *counts, *timing, "dense")
         self._writer.extend("spans", span_rows(step.number, step.spans))
         step.written = True
-        for layer, batch, q_len, kv_read, pairs, kernel, kind in step.attention:
+        for (layer, _), (batch, q_len, kv_read, pairs, kernel, kind) in step.attention.items():
             held = min(kv_read, step.context) if step.cache else 0
             add("attention", step.number, layer, batch, q_len, kv_read, held, int(pairs), kernel, kind)
         for layer, held, physical_bytes in step.cache:
@@ -424,15 +437,18 @@ def profile(
     return Profile(model, importance, spans=spans, tokenizer=tokenizer, out=out, device_period_s=device_period_s)
 
 
-def _unseen_attention(step: Step) -> Iterator[tuple]:
-    """Attention rows of layers that ran, and whose attention does not go through transformers' interface."""
-    seen = {row[0] for row in step.attention}
-    for layer in step.ran:
-        if layer in step.unknown_attention:
-            yield layer, step.batch, step.q_len, 0, 0, "of the model's own", "unknown"
-        elif layer not in seen:
-            pairs = visible_pairs(step.q_len, step.context, step.batch, None)
-            yield layer, step.batch, step.q_len, step.slots_read(layer), pairs, "of the model's own", "assumed causal"
+def _unseen_attention(step: Step) -> Iterator[tuple[tuple[int, int], tuple]]:
+    """Attention of layers that ran without transformers' interface, by layer and call."""
+    for layer, runs in step.ran.items():
+        for run in range(1, runs + 1):
+            if layer in step.unknown_attention:
+                yield (layer, run), (step.batch, step.q_len, 0, 0, "of the model's own", "unknown")
+            elif (layer, run) not in step.attention:
+                pairs = visible_pairs(step.q_len, step.context, step.batch, None)
+                yield (
+                    (layer, run),
+                    (step.batch, step.q_len, step.slots_read(layer), pairs, "of the model's own", "assumed causal"),
+                )
 
 
 def _allocated_bytes(layer: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +37,12 @@ class Step:
     logits: int = 0
     in_decoder: bool = False
     written: bool = False
-    ran: list[int] = field(default_factory=list)
-    """Layers whose attention module was called, each time."""
-    attention: list[tuple] = field(default_factory=list)
-    """Rows `(layer, batch, q_len, kv_read, pairs, kernel, mask)`."""
+    ran: Counter[int] = field(default_factory=Counter)
+    """How often each layer's attention module was called."""
+    attention: dict[tuple[int, int], tuple] = field(default_factory=dict)
+    """By layer and which call of it: `(batch, q_len, kv_read, pairs, kernel, mask)`."""
+    counted_attention: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """FLOPs that torch's counter saw in the attention function, where it looked."""
     unknown_attention: set[int] = field(default_factory=set)
     """Layers whose attention is neither transformers' nor one of every query and key."""
     cache: list[tuple[int, int, int]] = field(default_factory=list)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ class TraceWriter:
         """Appends several rows."""
         self.rows[table].extend(rows)
 
+    def leave_out(self, step: int, phase: str, batch: int, tokens: int) -> None:
+        """Takes back the rows of a forward call that did not finish, none of them written yet, and says so in the meta."""
+        for name, rows in self.rows.items():
+            if "step" in TABLES[name].names:
+                at = TABLES[name].get_field_index("step")
+                rows[:] = [row for row in rows if row[at] != step]
+        self.meta.setdefault("unfinished_steps", []).append({"step": step, "phase": phase, "batch": batch, "tokens": tokens})
+
     def flush(self, everything: bool = False) -> None:
         """Writes the tables that have grown large, or all of them."""
         for name, rows in self.rows.items():
@@ -60,9 +69,9 @@ class TraceWriter:
             rows.clear()
 
     def close(self, **meta: Any) -> None:
-        """Writes what is left and marks the trace complete."""
+        """Writes what is left and marks the trace complete, or not where `meta` says so."""
         self.flush(everything=True)
-        self.meta |= {**meta, "complete": True}
+        self.meta |= {"complete": True, **meta}
         if self.directory is not None:
             write_meta(self.directory, self.meta)
 
@@ -97,21 +106,29 @@ def prepare_directory(directory: Path) -> None:
 
 
 def write_meta(directory: Path, meta: dict[str, Any]) -> None:
-    """Writes `meta.json`, replacing it whole."""
-    target = directory / "meta.json"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(meta, indent=1))
-    os.replace(temporary, target)
+    """Writes `meta.json`, replacing it whole. Raises UserError if it cannot."""
+    with _replacing(directory / "meta.json") as temporary:
+        temporary.write_text(json.dumps(meta, indent=1))
 
 
 def write_part(directory: Path, name: str, number: int, table: pa.Table) -> None:
-    """Writes one Parquet part of a table."""
-    folder = directory / name
-    folder.mkdir(exist_ok=True)
-    target = folder / f"part-{number:06d}.parquet"
+    """Writes one Parquet part of a table. Raises UserError if it cannot."""
+    with _replacing(directory / name / f"part-{number:06d}.parquet") as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary file that takes the target's place once it is whole."""
     temporary = target.with_suffix(".tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, target)
+    try:
+        target.parent.mkdir(exist_ok=True)
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write the trace to {target} ({error.strerror or error}); make room, or choose another folder."
+        ) from error
 
 
 def read_meta(directory: Path) -> dict[str, Any]:

@@ -47,6 +47,13 @@ class Trace:
         return bool(self.meta.get("complete"))
 
     @property
+    def notes(self) -> list[str]:
+        """What was not measured or not checked, in sentences; empty for nearly every trace."""
+        unfinished = len(self.meta.get("unfinished_steps", ()))
+        cut = [f"{unfinished} forward calls did not finish and are left out."] if unfinished else []
+        return [*self.meta.get("notes", ()), *cut]
+
+    @property
     def anatomy(self) -> Anatomy:
         """The model's anatomy."""
         return Anatomy.from_dict(self.meta["anatomy"])
@@ -110,7 +117,8 @@ class Trace:
             for name in TABLES
         }
         first = next(iter(traces.values()))
-        meta = {**first.meta, "runs": {run: trace.meta for run, trace in traces.items()}}
+        meta = {**first.meta, "runs": {run: trace.meta for run, trace in traces.items()}, "unfinished_steps": []}
+        meta["notes"] = [f"{run}: {note}" for run, trace in traces.items() for note in trace.notes]
         return Trace({**meta, "complete": all(trace.complete for trace in traces.values())}, tables)
 
     def flops(self, by: str | Sequence[str] | None = None, convention: str = "full") -> int | pd.DataFrame:
@@ -169,6 +177,7 @@ class Trace:
         if self.arrow("unattributed").num_rows:
             by = self.flops(by="component").set_index("component")["flops"]
             state += f", {by['unattributed'] / by.sum():.1%} of FLOPs unattributed"
+        state += f", {len(self.notes)} notes" if self.notes else ""
         return f"Trace({self.meta['anatomy']['class_name']}, {steps} steps{state})"
 
     def _repr_html_(self) -> str:
