@@ -128,7 +128,7 @@ class Trace:
         """
         from workbench.cost.bytes import ON_CHIP_BYTES, trace_bytes
 
-        return trace_bytes(self, by, model, on_chip_bytes or ON_CHIP_BYTES)
+        return trace_bytes(self, by, model, ON_CHIP_BYTES if on_chip_bytes is None else on_chip_bytes)
 
     def summary(self) -> pd.DataFrame:
         """One row a phase: tokens, seconds (measured), FLOPs and bytes (modelled), cache bytes at its end."""
