@@ -219,6 +219,8 @@ def test_on_chip_bytes_reach_the_attention_model():
         for size in (2**10, 2**20)
     ]
     assert moved[0] > moved[1]
+    with pytest.raises(wb.UserError, match="cannot use 0 on-chip bytes"):
+        trace.bytes(on_chip_bytes=0)
 
 
 def test_a_prediction_is_json_ready(llama70b):

@@ -8,14 +8,15 @@ from typing import Any
 
 import pandas as pd
 
-from workbench.cost.hardware import THIS_MACHINE, Hardware, hardware
+from workbench.cost.hardware import THIS_MACHINE, Hardware
+from workbench.cost.hardware import hardware as sheet_of
 from workbench.cost.roofline import predicted_steps
 from workbench.errors import UserError
 from workbench.trace.schema import PHASES
 from workbench.trace.trace import Trace
 
 
-def beside_measured(trace: Trace, on: str | Path | Hardware = THIS_MACHINE) -> pd.DataFrame:
+def beside_measured(trace: Trace, hardware: str | Path | Hardware = THIS_MACHINE) -> pd.DataFrame:
     """One row a phase: its median step measured, with the shortest and the longest, and predicted, with the error.
 
     Columns: `phase, steps, measured_s, measured_low_s, measured_high_s, predicted_s, error_percent`; an error above zero is a
@@ -24,7 +25,7 @@ def beside_measured(trace: Trace, on: str | Path | Hardware = THIS_MACHINE) -> p
     Raises:
         UserError: for a sheet that was not measured or of another machine, and for a trace without times.
     """
-    sheet = hardware(on)
+    sheet = sheet_of(hardware)
     if not sheet.rates:
         raise UserError(
             f"{sheet.label} was not measured, so its bound is no match for a measured time; use {THIS_MACHINE!r} "

@@ -74,6 +74,8 @@ def bytes_rows(trace: Trace, model: str = "fused", on_chip_bytes: int = ON_CHIP_
     """One row a step, layer (-1: outside the layers) and component, with its `bytes`."""
     if model not in MODELS:
         raise UserError(f"There is no byte model {model!r}; the models are {' and '.join(MODELS)}.")
+    if on_chip_bytes < 1:
+        raise UserError(f"A kernel cannot use {on_chip_bytes} on-chip bytes; give 1 or more.")
     steps = trace.table("steps")
     parts = _eager_rows(trace, steps) if model == "eager" else _fused_rows(trace, steps, on_chip_bytes)
     cache = trace.table("cache")

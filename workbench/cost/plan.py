@@ -72,13 +72,13 @@ class Plan:
         fewer.
         """
         steps = trace.table("steps")
-        parts = [pd.DataFrame(columns=["step", "layer", "tokens", "hit"], dtype=float)]
+        parts = []
         for layer in self.anatomy.layers:
             if layer.experts is not None:
                 hit = expected_hits(steps["tokens"], layer.experts.num_experts, layer.experts.top_k)
                 sent = steps["tokens"] * layer.experts.top_k
                 parts.append(pd.DataFrame({"step": steps["step"], "layer": layer.index, "tokens": sent, "hit": hit}))
-        return pd.concat(parts[1:] or parts, ignore_index=True)
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["step", "layer", "tokens", "hit"])
 
     def _decode_contexts(self) -> list[np.ndarray]:
         """Tokens seen after each decode step, in at most `MAX_STEPS` stretches, the last step by itself."""

@@ -18,7 +18,8 @@ import pandas as pd
 from workbench.cost.bytes import bytes_rows, linear_bytes
 from workbench.cost.eager import eager_rows
 from workbench.cost.flops import COMPONENTS, flops_rows
-from workbench.cost.hardware import ELEMENT_BYTES, TORCH_DTYPES, Hardware, hardware
+from workbench.cost.hardware import ELEMENT_BYTES, TORCH_DTYPES, Hardware
+from workbench.cost.hardware import hardware as sheet
 from workbench.cost.plan import MAX_STEPS, Plan
 from workbench.errors import UserError
 from workbench.trace.anatomy import Anatomy
@@ -101,7 +102,7 @@ class Prediction:
 
 def predict(
     source: Trace | Anatomy,
-    on: str | Path | Hardware,
+    hardware: str | Path | Hardware,
     *,
     dtype: str | None = None,
     batch: int | None = None,
@@ -113,7 +114,7 @@ def predict(
     Args:
         source: a trace, whose counts are taken as they are; or an anatomy (`wb.anatomy`), for which a prompt is read and
             decoded with a dense cache.
-        on: a hardware sheet: a name (`wb.hardware`), a JSON file, or `this-machine` once it is calibrated.
+        hardware: a sheet: a name (`wb.hardware`), a JSON file, or `this-machine` once it is calibrated.
         dtype: `fp32, tf32, bf16, fp16, fp8` or `int8`: of weights, activations and KV cache. None is the model's own.
         batch: rows, for an anatomy; 1 if not given.
         context: prompt tokens a row, for an anatomy; 1024 if not given.
@@ -122,7 +123,7 @@ def predict(
     Raises:
         UserError: for a sheet, dtype or size that does not exist, and for sizes beside a trace, which has its own.
     """
-    device = hardware(on)
+    device = sheet(hardware)
     if isinstance(source, Trace):
         if not batch is context is new_tokens is None:
             raise UserError("A trace has its own batch, context and new tokens; leave them out, or give an anatomy.")
@@ -136,9 +137,9 @@ def predict(
     return _predict(trace, device, chosen, plan.experts(trace), repeats, shape, _plan_notes(plan))
 
 
-def predicted_steps(trace: Trace, on: str | Path | Hardware) -> pd.Series:
+def predicted_steps(trace: Trace, hardware: str | Path | Hardware) -> pd.Series:
     """Predicted seconds of each step of a recorded trace, by step."""
-    device = hardware(on)
+    device = sheet(hardware)
     dtype = _dtype(trace.anatomy, device, None)
     return _rows(_retyped(trace, dtype), device, dtype, _routed(trace)).groupby("step")["predicted_s"].sum()
 
@@ -174,7 +175,7 @@ def _rows(trace: Trace, device: Hardware, dtype: str, experts: pd.DataFrame) -> 
     moved = bytes_rows(trace, "fused", device.on_chip_bytes).astype({"bytes": float})
     flops, moved = flops[flops["component"] != "experts"], moved[moved["component"] != "experts"]
     parts = [frame.groupby(_KEYS)[name].sum() for frame, name in ((flops, "flops"), (moved, "bytes"))]
-    rows = pd.concat([pd.concat(parts, axis=1).reset_index(), _expert_rows(trace.anatomy, experts)], ignore_index=True)
+    rows = pd.concat([pd.concat(parts, axis=1).reset_index(), *_expert_rows(trace.anatomy, experts)], ignore_index=True)
     rows[["flops", "bytes"]] = rows[["flops", "bytes"]].fillna(0.0)
     rows["compute_s"] = rows["flops"] / device.peak(dtype)
     rows["memory_s"] = rows["bytes"] / device.bandwidth
@@ -188,9 +189,9 @@ def _rows(trace: Trace, device: Hardware, dtype: str, experts: pd.DataFrame) -> 
     return joined.fillna({name: 0.0 for name in _SUMS}).assign(predicted_s=predicted)
 
 
-def _expert_rows(anatomy: Anatomy, experts: pd.DataFrame) -> pd.DataFrame:
+def _expert_rows(anatomy: Anatomy, experts: pd.DataFrame) -> list[pd.DataFrame]:
     """FLOPs of every token sent, and bytes of every expert hit once a step, with the activations of its tokens."""
-    parts = [pd.DataFrame(columns=[*_KEYS, "flops", "bytes"], dtype=float)]
+    parts = []
     for layer in anatomy.layers:
         chosen = experts[experts["layer"] == layer.index]
         if layer.experts is None or chosen.empty:
@@ -202,7 +203,7 @@ def _expert_rows(anatomy: Anatomy, experts: pd.DataFrame) -> pd.DataFrame:
         parts.append(
             pd.DataFrame({"step": chosen["step"], "layer": layer.index, "component": "experts", "flops": flops, "bytes": moved})
         )
-    return pd.concat(parts[1:] or parts, ignore_index=True)
+    return parts
 
 
 def _routed(trace: Trace) -> pd.DataFrame:

@@ -158,15 +158,15 @@ class _ShapeRun:
         for module, component in self._components.items():
             self._mark(module, self._inside, component)
         self.model.get_output_embeddings().register_forward_pre_hook(lambda *_: self._scopes.append(_HEAD))
-        name = f"counted_{next(_numbers)}"
-        AttentionInterface._global_mapping[name] = self._attention
-        AttentionMaskInterface._global_mapping[name] = AttentionMaskInterface._global_mapping["eager"]
-        for config in attention_configs(self.model):
-            config._attn_implementation_internal = name
         for module in attention_modules(self.model):
             if not hasattr(sys.modules[type(module).__module__], "eager_attention_forward"):
                 self._mark(module, self._inside, "attention.scores")
         self.model.config.get_text_config().pad_token_id = None  # models that know it look for padding among the ids
+        name = f"counted_{next(_numbers)}"
+        for config in attention_configs(self.model):
+            config._attn_implementation_internal = name
+        AttentionInterface._global_mapping[name] = self._attention
+        AttentionMaskInterface._global_mapping[name] = AttentionMaskInterface._global_mapping["eager"]
         try:
             yield
         finally:

@@ -136,7 +136,7 @@ class Trace:
         """
         from workbench.cost.bytes import ON_CHIP_BYTES, trace_bytes
 
-        return trace_bytes(self, by, model, on_chip_bytes or ON_CHIP_BYTES)
+        return trace_bytes(self, by, model, ON_CHIP_BYTES if on_chip_bytes is None else on_chip_bytes)
 
     def energy(self) -> pd.DataFrame:
         """Energy (measured) by phase and device: joules and their error, joules a token, mean power, or why not.
