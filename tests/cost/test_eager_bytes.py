@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_flatten
 from transformers import DynamicCache
 
 import workbench as wb
-from workbench.models.anatomy import attention_modules, expert_modules, unplaced_modules
+from workbench.models.anatomy import attention_modules, expert_modules
 from workbench.testing import FAMILIES, ids, random_llama, random_model
 
-PRODUCTS = ["attention.qkv", "attention.out", "mlp", "router", "lm_head"]
+PRODUCTS = ["attention.qkv", "attention.out", "mlp", "router", "lm_head", "unattributed"]
 RUNNABLE = [family for family in FAMILIES if family != "jetmoe"]  # JetMoE's routing looks at values: no shapes-only run
 
 
@@ -62,8 +62,6 @@ def counted(oracle, monkeypatch, model):
     monkeypatch.setattr(DynamicCache, "update", oracle.inside("cache", DynamicCache.update))
     for part in expert_modules(model).values():
         monkeypatch.setattr(part, "forward", oracle.inside("experts", part.forward))
-    for part in unplaced_modules(model).values():
-        monkeypatch.setattr(part, "forward", oracle.inside("unattributed", part.forward))
     return oracle
 
 

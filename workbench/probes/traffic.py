@@ -42,6 +42,7 @@ from workbench.trace.anatomy import Anatomy
 from workbench.trace.traffic import TERMS, expert_terms, terms
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+_PRODUCT_COMPONENTS = {"attention.qkv", "attention.out", "mlp", "router", "lm_head"}
 _HEAD, _OUTSIDE = "head", "outside"
 _numbers = itertools.count()
 _known: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -233,8 +234,11 @@ class _ShapeRun:
 
     def _count(self, operation: str, nbytes: int) -> None:
         inside = self._inside[-1] if self._inside else "elementwise"
-        if inside in {"attention.qkv", "attention.out", "mlp", "router", "lm_head"} and operation not in _PRODUCTS:
+        product = operation in _PRODUCTS
+        if inside in _PRODUCT_COMPONENTS and not product:
             inside = "elementwise"
+        elif inside == "elementwise" and product:
+            inside = "unattributed"
         self._moved[self._scopes[-1], inside] += nbytes
 
     @torch.no_grad()
