@@ -384,7 +384,9 @@ def profile(
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
 ) -> Profile:
-    """Records a trace of everything a model does inside the `with` block.
+    """Records a trace of everything a model does inside the `with` block, whichever thread calls it.
+
+    `trace.notes` says what was not measured. The model is as it was afterwards, whatever was raised inside.
 
     Args:
         model: any `transformers` causal LM; it may be called by `forward`, `generate` or a loop of your own.
@@ -394,7 +396,7 @@ def profile(
         out: directory to stream the trace to; a killed process leaves a readable trace there.
 
     Raises:
-        UserError: if the model is no causal LM or its attention cannot be observed.
+        UserError: if the model is no decoder-only causal LM, is compiled, only wraps one, or its attention cannot be observed.
     """
     return Profile(model, importance, tokenizer=tokenizer, out=out)
 
