@@ -29,9 +29,11 @@ def nothing_left_behind(tiny):
     importlib_ready = wb.Session  # the engine registers its one attention function on import
     functions = set(AttentionInterface._global_mapping)
     masks = set(AttentionMaskInterface._global_mapping)
+    lookup = dict(vars(AttentionInterface))
     implementation = tiny.model.config._attn_implementation
     yield importlib_ready
     assert set(AttentionInterface._global_mapping) == functions
     assert set(AttentionMaskInterface._global_mapping) == masks
+    assert dict(vars(AttentionInterface)) == lookup
     assert tiny.model.config._attn_implementation == implementation
     assert not [module for module in tiny.model.modules() if module._forward_hooks or module._forward_pre_hooks]

@@ -127,7 +127,7 @@ def footprint(model: nn.Module) -> dict[str, Any]:
         "training": {name: module.training for name, module in modules.items()},
         "attention functions": dict(AttentionInterface._global_mapping),
         "mask functions": dict(AttentionMaskInterface._global_mapping),
-        "lookup": AttentionInterface.get_interface,
+        "lookup": dict(vars(AttentionInterface)),
         "modes": len(_get_current_dispatch_mode_stack()),
     }
 

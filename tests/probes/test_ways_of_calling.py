@@ -135,6 +135,21 @@ def test_a_model_that_asks_for_its_attention_by_name_computes_what_it_always_doe
     assert all(map(torch.equal, given, expected))
 
 
+def test_code_that_looks_its_attention_up_by_indexing_is_seen(monkeypatch):
+    model = random_llama()
+    forward = type(model.model.layers[0].self_attn).forward
+    table = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
+
+    class Indexing:
+        def get_interface(self, name, default):
+            return table[name]
+
+    monkeypatch.setitem(forward.__globals__, "ALL_ATTENTION_FUNCTIONS", Indexing())
+    with wb.profile(model, importance="full") as prof, torch.no_grad():
+        model(ids(9))
+    assert set(prof.trace.table("attention")["kernel"]) == {"sdpa"} and len(prof.trace.table("importance")) == 3 * 4
+
+
 def test_a_prompt_in_chunks_is_a_prefill_and_appends(model):
     trace = observed(model, generate(model, prefill_chunk_size=5))
     assert column(trace, "steps", "phase") == ["prefill", "append", "append", "decode", "decode", "decode"]

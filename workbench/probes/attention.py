@@ -1,8 +1,8 @@
 """Sees every attention call of a model where transformers looks up the attention function.
 
-While any model is observed, `AttentionInterface.get_interface` hands out its functions wrapped, and a wrapped function
-tells the observers of the module that calls it. No name changes: the model, its config and its masks are those of an
-unobserved run, and a module nobody observes only passes through.
+While any model is observed, `AttentionInterface` hands out its functions wrapped, and a wrapped function tells the
+observers of the module that calls it. No name changes: the model, its config and its masks are those of an unobserved
+run, and a module nobody observes only passes through.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _ARGUMENTS = ("query", "key", "value", "attention_mask")
 
 _lock = threading.Lock()
 _observers: dict[nn.Module, tuple[tuple[int, AttentionObserver], ...]] = {}
-_originals: list[Callable] = []
-"""`get_interface` as it was, while it is wrapped."""
+_originals: dict[str, Callable] = {}
+"""The methods of `AttentionInterface` that look a function up, as they were, while they are wrapped."""
 
 
 class AttentionProbe:
@@ -70,19 +70,38 @@ class AttentionProbe:
 
 
 def _patch() -> None:
-    if not _originals:
-        _originals.append(AttentionInterface.get_interface)
-        AttentionInterface.get_interface = _get_interface
+    for name, wrapped in _LOOKUPS.items():
+        if name not in _originals:
+            _originals[name] = getattr(AttentionInterface, name)
+            setattr(AttentionInterface, name, wrapped)
 
 
 def _unpatch() -> None:
-    if AttentionInterface.get_interface is _get_interface:
-        AttentionInterface.get_interface = _originals.pop()
+    for name, wrapped in _LOOKUPS.items():
+        if getattr(AttentionInterface, name) is not wrapped:
+            continue  # somebody wrapped it once more, and needs ours
+        original = _originals.pop(name)
+        delattr(AttentionInterface, name)
+        if getattr(AttentionInterface, name, None) is not original:
+            setattr(AttentionInterface, name, original)
 
 
 def _get_interface(table: AttentionInterface, attn_implementation: str, default: Callable) -> Callable:
-    function = _originals[0](table, attn_implementation, default)
-    return functools.partial(_observed, function, attn_implementation)
+    return _wrapped(_originals["get_interface"](table, attn_implementation, default), attn_implementation)
+
+
+def _get_item(table: AttentionInterface, name: str) -> Callable:
+    return _wrapped(_originals["__getitem__"](table, name), name)
+
+
+_LOOKUPS: dict[str, Callable] = {"get_interface": _get_interface, "__getitem__": _get_item}
+"""How a model finds its attention function: by the method, or by indexing, as code from a hub still does."""
+
+
+def _wrapped(function: Callable, kernel: str) -> Callable:
+    if isinstance(function, functools.partial) and function.func is _observed:
+        return function
+    return functools.partial(_observed, function, kernel)
 
 
 def _observed(function: Callable, kernel: str, module: nn.Module, *args, **options):

@@ -419,7 +419,9 @@ def profile(
     out: str | Path | None = None,
     device_period_s: float | None = None,
 ) -> Profile:
-    """Records a trace of everything a model does inside the `with` block.
+    """Records a trace of everything a model does inside the `with` block, whichever thread calls it.
+
+    `trace.notes` says what was not measured. The model is as it was afterwards, whatever was raised inside.
 
     Args:
         model: any `transformers` causal LM; it may be called by `forward`, `generate` or a loop of your own.
@@ -432,7 +434,8 @@ def profile(
             model off CUDA with a period has every GPU sampled that NVML lists; `math.inf` switches it off.
 
     Raises:
-        UserError: if the model is no causal LM, its attention cannot be observed, or the period is none.
+        UserError: if the model is no decoder-only causal LM, is compiled, only wraps one, or its attention cannot be observed, and
+            for a period that is none.
     """
     return Profile(model, importance, spans=spans, tokenizer=tokenizer, out=out, device_period_s=device_period_s)
 
