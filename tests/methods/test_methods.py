@@ -271,6 +271,64 @@ def test_snapkv_keeps_a_planted_key():
     assert mask[0, 0, 11] and mask[0, 0, 42:].all()
 
 
+@pytest.mark.parametrize(("keep_newest", "expected"), [(False, [0, 2]), (True, [0, 3])])
+def test_tova_worked_example(keep_newest, expected):
+    """The mean row [.4 .1 .3 .2] of two heads keeps {0, 2}, or {0, 3} if the newest token must stay."""
+    rows = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.3, 0.15, 0.3, 0.25]])
+    keys = torch.eye(4).view(1, 1, 4, 4)
+    tova = wb.TOVA(budget=2, keep_newest=keep_newest)
+    mask = tova.keep(state(keys=keys, queries=rows.log().view(1, 2, 1, 4), capacity=2))
+    assert mask[0, 0].nonzero().flatten().tolist() == expected
+
+
+def test_tova_heads_share_one_set(lm):
+    session = wb.Session(lm, wb.TOVA(budget=0.3))
+    session.prefill(ids(40)[0].tolist())
+    session.generate(5)
+    for layer in session._cache.layers:
+        assert (layer.store.positions == layer.store.positions[:, :1]).all()
+
+
+def test_knorm_worked_example():
+    """A key of ten times its length goes first; rotating a key changes nothing."""
+    torch.manual_seed(0)
+    keys = torch.randn(1, 2, 20, 8)
+    keys[0, 0, 7] = keys[0, 0].norm(dim=-1).median() * torch.nn.functional.normalize(keys[0, 0, 7], dim=0)
+    before = wb.KNorm(budget=19).keep(state(keys=keys, capacity=19))
+    assert before[0, 0, 7]
+    keys[0, 0, 7] *= 10
+    mask = wb.KNorm(budget=19).keep(state(keys=keys, capacity=19))
+    assert not mask[0, 0, 7] and mask[0, 0].sum() == 19 and torch.equal(mask[0, 1], before[0, 1])
+    turned = torch.cat([-keys[..., 4:], keys[..., :4]], -1)
+    assert torch.equal(
+        wb.KNorm(budget=9).keep(state(keys=turned, capacity=9)), wb.KNorm(budget=9).keep(state(keys=keys, capacity=9))
+    )
+    assert wb.KNorm(budget=5, keep_recent=3).keep(state(keys=keys, capacity=5))[..., 17:].all()
+
+
+def test_keydiff_worked_example():
+    """Keys [1 0], [1 .1], [.9 0], [0 1]: [0 1] is unlike the mean and stays to the last, [1 .1] goes first."""
+    keys = torch.tensor([[1, 0], [1, 0.1], [0.9, 0], [0, 1]]).view(1, 1, 4, 2)
+
+    def kept_of(keys, capacity):
+        return wb.KeyDiff(budget=capacity).keep(state(keys=keys, capacity=capacity))[0, 0].nonzero().flatten().tolist()
+
+    assert kept_of(keys, 1) == [3] and kept_of(keys, 3) == [0, 2, 3]
+    lengths = torch.tensor([3, 0.2, 7, 40]).view(1, 1, 4, 1)
+    assert kept_of(keys * lengths, 3) == [0, 2, 3]
+
+
+def test_random_draws_evenly_and_anew_for_each_seed_layer_and_head():
+    keys = torch.zeros(1, 50, 100, 2)
+    draws = [wb.Random(budget=20, seed=seed).keep(state(keys=keys, capacity=20)) for seed in (0, 1)]
+    draws.append(wb.Random(budget=20).keep(dataclasses.replace(state(keys=keys, capacity=20), layer=1)))
+    heads = {tuple(row.nonzero().flatten().tolist()) for draw in draws for row in draw[0]}
+    assert len(heads) == 150
+    # 150 draws of 20 in 100: each position is kept 30 times, give or take 4.9 (one standard deviation)
+    times = torch.cat(draws).sum((0, 1))
+    assert times.sum() == 3000 and times.min() > 10 and times.max() < 50
+
+
 @pytest.mark.parametrize(("budget", "window"), [(30, 8), (10, 5)])
 def test_scoring_is_not_free(tiny, budget, window):
     """SnapKV's window (at most half the budget) and H2O's whole prompt are multiplied with all keys once more."""

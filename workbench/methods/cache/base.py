@@ -62,6 +62,26 @@ def observe_window(state: LayerState, window: int) -> torch.Tensor:
     return rows.flatten(1, 2)
 
 
+def observing_cost(state: LayerState, num_queries: int) -> tuple[int, int]:
+    """FLOPs and bytes of scoring all keys with so many queries a head: `2 Hq W N D`; keys read, scores written."""
+    batch, num_q_heads, _, head_dim = state.queries.shape
+    scores = batch * num_q_heads * num_queries * state.keys.shape[2]
+    return 2 * scores * head_dim, state.keys.nbytes + 4 * scores
+
+
+def window_scores(state: LayerState, windows: torch.Tensor, pooling: str, kernel: int) -> torch.Tensor:
+    """SnapKV's scores `[B, H, N]`: attention summed over the last `windows[b]` queries, pooled, then averaged over a group.
+
+    The window's own tokens score infinity: they always stay.
+    """
+    widest = int(windows.max())
+    attention = observe_window(state, widest)
+    votes = torch.arange(widest, device=windows.device) >= widest - windows.view(-1, 1)
+    scores = (attention * votes[:, None, :, None]).sum(2)
+    scores = reduce_heads(pool_scores(scores, pooling, kernel), state.keys.shape[1])
+    return scores.masked_fill(recent(state, windows), torch.inf)
+
+
 def reduce_heads(scores: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """Mean over the query heads of each kv head: `[B, Hq, ...]` to `[B, H, ...]` (query head h belongs to h // G)."""
     return scores.unflatten(1, (num_kv_heads, -1)).mean(2)
