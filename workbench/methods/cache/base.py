@@ -29,9 +29,13 @@ class CacheMethod(Method):
 
     budget: Budget
 
-    def capacity(self, prompt_tokens: int) -> int | None:
-        """Tokens each kv head may keep after a prompt of this length."""
+    def capacity(self, prompt_tokens: int) -> int:
+        """Tokens each kv head may keep after a prompt of this length, on average over layers."""
         return resolve_budget(self.budget, prompt_tokens)
+
+    def allocate(self, prompt_tokens: int, num_layers: int) -> list[int]:
+        """The same for each of the layers the method acts on, first to last: here as much for each."""
+        return [self.capacity(prompt_tokens)] * num_layers
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head."""
