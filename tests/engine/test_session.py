@@ -8,7 +8,7 @@ import torch
 import workbench as wb
 from workbench.testing import ids
 
-METHODS = [wb.Dense(), wb.StreamingLLM(budget=0.4), wb.SnapKV(budget=0.4, window=8), wb.H2O(budget=0.4)]
+METHODS = [wb.Dense(), *(cls(budget=0.4) for cls in wb.METHODS.values() if cls.slot == "cache" and cls is not wb.Dense)]
 
 
 def plain_generate(lm: wb.LM, prompt: torch.Tensor, num_tokens: int) -> list[int]:

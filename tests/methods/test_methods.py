@@ -67,13 +67,17 @@ def test_budget_is_met_and_memory_is_freed(lm, cls, budget):
     session.prefill(ids(40)[0].tolist())
     limit = method.capacity(40)
     assert limit == (budget if isinstance(budget, int) else round(budget * 40))
-    assert all(layer.store.length == limit for layer in session._cache.layers)
+    shares = method.allocate(40, lm.anatomy.num_layers)
+    assert sum(shares) == limit * lm.anatomy.num_layers
+    assert [layer.store.length for layer in session._cache.layers] == shares
     session.generate(20)
     if "decode" in cls.acts:
-        assert all(layer.store.length == limit for layer in session._cache.layers)
+        assert [layer.store.length for layer in session._cache.layers] == shares
     cache = session.trace.table("cache").query("op == 'evict' and step == 0")
-    assert (cache["held_tokens"] == limit * lm.anatomy.layers[0].attention.num_kv_heads).all()
-    assert len(cache) == lm.anatomy.num_layers
+    num_kv_heads = lm.anatomy.layers[0].attention.num_kv_heads
+    assert cache["held_tokens"].tolist() == [share * num_kv_heads for share in shares]
+    a_token = lm.anatomy.layers[0].attention.cached_elements * 4
+    assert cache["nominal_bytes"].tolist() == [share * a_token for share in shares]
 
 
 @pytest.mark.parametrize("cls", EVICTING, ids=named)
@@ -269,6 +273,95 @@ def test_snapkv_keeps_a_planted_key():
     queries[..., 0], keys[:, :, 11, 0] = 5.0, 8.0
     mask = wb.SnapKV(budget=16, window=8).keep(state(keys=keys, queries=queries, capacity=16))
     assert mask[0, 0, 11] and mask[0, 0, 42:].all()
+
+
+@pytest.mark.parametrize(("keep_newest", "expected"), [(False, [0, 2]), (True, [0, 3])])
+def test_tova_worked_example(keep_newest, expected):
+    """The mean row [.4 .1 .3 .2] of two heads keeps {0, 2}, or {0, 3} if the newest token must stay."""
+    rows = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.3, 0.15, 0.3, 0.25]])
+    keys = torch.eye(4).view(1, 1, 4, 4)
+    tova = wb.TOVA(budget=2, keep_newest=keep_newest)
+    mask = tova.keep(state(keys=keys, queries=rows.log().view(1, 2, 1, 4), capacity=2))
+    assert mask[0, 0].nonzero().flatten().tolist() == expected
+
+
+def test_tova_heads_share_one_set(lm):
+    session = wb.Session(lm, wb.TOVA(budget=0.3))
+    session.prefill(ids(40)[0].tolist())
+    session.generate(5)
+    for layer in session._cache.layers:
+        assert (layer.store.positions == layer.store.positions[:, :1]).all()
+
+
+def test_knorm_worked_example():
+    """A key of ten times its length goes first; rotating a key changes nothing."""
+    torch.manual_seed(0)
+    keys = torch.randn(1, 2, 20, 8)
+    keys[0, 0, 7] = keys[0, 0].norm(dim=-1).median() * torch.nn.functional.normalize(keys[0, 0, 7], dim=0)
+    before = wb.KNorm(budget=19).keep(state(keys=keys, capacity=19))
+    assert before[0, 0, 7]
+    keys[0, 0, 7] *= 10
+    mask = wb.KNorm(budget=19).keep(state(keys=keys, capacity=19))
+    assert not mask[0, 0, 7] and mask[0, 0].sum() == 19 and torch.equal(mask[0, 1], before[0, 1])
+    turned = torch.cat([-keys[..., 4:], keys[..., :4]], -1)
+    assert torch.equal(
+        wb.KNorm(budget=9).keep(state(keys=turned, capacity=9)), wb.KNorm(budget=9).keep(state(keys=keys, capacity=9))
+    )
+    assert wb.KNorm(budget=5, keep_recent=3).keep(state(keys=keys, capacity=5))[..., 17:].all()
+
+
+def test_keydiff_worked_example():
+    """Keys [1 0], [1 .1], [.9 0], [0 1]: [0 1] is unlike the mean and stays to the last, [1 .1] goes first."""
+    keys = torch.tensor([[1, 0], [1, 0.1], [0.9, 0], [0, 1]]).view(1, 1, 4, 2)
+
+    def kept_of(keys, capacity):
+        return wb.KeyDiff(budget=capacity).keep(state(keys=keys, capacity=capacity))[0, 0].nonzero().flatten().tolist()
+
+    assert kept_of(keys, 1) == [3] and kept_of(keys, 3) == [0, 2, 3]
+    lengths = torch.tensor([3, 0.2, 7, 40]).view(1, 1, 4, 1)
+    assert kept_of(keys * lengths, 3) == [0, 2, 3]
+
+
+def test_random_draws_evenly_and_anew_for_each_seed_layer_and_head():
+    keys = torch.zeros(1, 50, 100, 2)
+    draws = [wb.Random(budget=20, seed=seed).keep(state(keys=keys, capacity=20)) for seed in (0, 1)]
+    draws.append(wb.Random(budget=20).keep(dataclasses.replace(state(keys=keys, capacity=20), layer=1)))
+    heads = {tuple(row.nonzero().flatten().tolist()) for draw in draws for row in draw[0]}
+    assert len(heads) == 150
+    # 150 draws of 20 in 100: each position is kept 30 times, give or take 4.9 (one standard deviation)
+    times = torch.cat(draws).sum((0, 1))
+    assert times.sum() == 3000 and times.min() > 10 and times.max() < 50
+
+
+def test_pyramidkv_worked_example():
+    # prefix budget 120: last layer 120 // 20 = 6, first 2 x 120 - 6 = 234, step 228 / 3 = 76; the window of 8 on top
+    assert wb.PyramidKV(budget=128).allocate(4096, 4) == [242, 166, 90, 14]
+    # the first layer can have no more than 241 - 8 = 233, the last 240 - 233 = 7, step 226 // 3 = 75: 233 158 83 8 are
+    # two too many, which the last two layers give back
+    assert wb.PyramidKV(budget=128).allocate(241, 4) == [241, 166, 90, 15]
+    assert wb.PyramidKV(budget=128).allocate(239, 4) == [128] * 4  # shorter than twice the prefix budget
+    assert wb.PyramidKV(budget=128, beta=1).allocate(4096, 4) == [128] * 4
+    assert wb.PyramidKV(budget=128).allocate(4096, 1) == [128]
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 7, 16, 33])
+def test_pyramids_fall_and_sum_to_the_uniform_budget(num_layers):
+    for budget in (1, 2, 5, 17, 100, 511, 0.1, 0.37):
+        for length in (2, 9, 40, 129, 1000, 4096):
+            method = wb.PyramidKV(budget=budget)
+            capacity, shares = method.capacity(length), method.allocate(length, num_layers)
+            assert sum(shares) == num_layers * capacity and shares == sorted(shares, reverse=True)
+            assert shares[-1] >= min(8, max(capacity // 2, 1)) and (shares[0] <= length or capacity > length)
+
+
+def test_pyramidkv_layers_that_keep_everything_need_not_fire(tiny):
+    """The first layer's share is the whole prompt, so three of four layers have something to do."""
+    workload = wb.workloads.recall(context=96, samples=1, facts=1)
+    length = len(workload.episodes(tiny)[0].context)
+    method = wb.PyramidKV(budget=54)
+    assert method.allocate(length, 4) == [length, 68, 40, 12]
+    row = wb.compare(tiny, workload, [method]).rows[1]
+    assert (row.fired_layers, row.layers) == (3, 3)
 
 
 @pytest.mark.parametrize(("budget", "window"), [(30, 8), (10, 5)])

@@ -10,7 +10,7 @@ import torch
 import workbench as wb
 from workbench.plots.cache_map import kept_share
 from workbench.plots.pareto import frontier
-from workbench.plots.theme import DENSE_COLOUR, human_bytes, method_colours
+from workbench.plots.theme import DENSE_COLOUR, human_bytes, method_colours, method_symbol
 from workbench.testing import ids, random_gemma, random_llama
 
 
@@ -117,6 +117,12 @@ def test_colours_and_units():
     assert colours["dense"] == DENSE_COLOUR and colours["h2o(budget=0.2)"] == colours["h2o(budget=0.5)"]
     assert len(set(colours.values())) == 3
     assert [human_bytes(count) for count in (0, 1023, 1536, 5 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "5 GiB"]
+
+
+def test_no_two_methods_look_alike():
+    """There are more methods than colours, so colour and symbol together tell them apart."""
+    colours = method_colours(list(wb.METHODS))
+    assert len({(colours[name], method_symbol(name)) for name in wb.METHODS}) == len(wb.METHODS)
 
 
 def test_report_is_one_offline_file(comparison, tmp_path):

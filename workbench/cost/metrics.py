@@ -104,16 +104,17 @@ class Fired:
         return f"fired on {self.layers}/{self.due_layers} layers, {self.steps}/{self.due_steps} steps"
 
 
-def fired(trace: Trace, may_evict: list[int]) -> Fired:
+def fired(trace: Trace, must_evict: list[int]) -> Fired:
     """Counts the layers and steps where a method brought the cache within its budget, of those where it had to.
 
-    It has to where a layer held more than the budget: the engine writes a `due` row there. It did if an `evict` row
-    follows and what is held then, over rows and kv heads, is no more than the budget allows.
+    It has to where a layer held more than its budget: the engine writes a `due` row there, and it must on the layers
+    given. The method did if an `evict` row follows and what is held then, over rows and kv heads, is no more than the
+    layer's budget allows.
     """
     cache = trace.table("cache")
     due = cache[cache["op"] == "due"]
     if due.empty:
-        return Fired(0, len(may_evict), 0, 0)
+        return Fired(0, len(must_evict), 0, 0)
     anatomy = trace.anatomy
     a_token = {
         layer.index: (layer.attention.head_dim + layer.attention.value_dim) * anatomy.element_bytes for layer in anatomy.layers
@@ -123,4 +124,5 @@ def fired(trace: Trace, may_evict: list[int]) -> Fired:
     every_layer = done.groupby("step")["layer"].nunique()
     wanted = due.groupby("step")["layer"].nunique()
     complete = sum(every_layer.get(step, 0) == count for step, count in wanted.items())
-    return Fired(int(done["layer"].nunique()), len(may_evict), int(complete), len(wanted))
+    due_layers = len({*must_evict, *due["layer"]})
+    return Fired(int(done["layer"].nunique()), due_layers, int(complete), len(wanted))

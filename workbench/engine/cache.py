@@ -146,7 +146,7 @@ class EngineLayer(CacheLayerMixin):
         self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * self.store.mass.nbytes)
 
     def _decide(self, query: torch.Tensor, scaling: float) -> None:
-        capacity = self.call.capacity
+        capacity = self.call.capacity.get(self.index)
         if capacity is None or self.call.phase not in self.policy.acts:
             return
         if all(held <= limit for held, limit in zip(self.store.held_by_row(), capacity, strict=True)):
@@ -182,14 +182,28 @@ class EngineLayer(CacheLayerMixin):
     def _nominal_bytes(self) -> int:
         """What the budget promises: K and V of as many tokens in each row and kv head as it allows."""
         tokens = self.call.seen
-        if self.policy is not None and self.call.capacity is not None:
-            tokens = [min(seen, limit) for seen, limit in zip(tokens, self.call.capacity, strict=True)]
+        if self.index in self.call.capacity:
+            tokens = [min(seen, limit) for seen, limit in zip(tokens, self.call.capacity[self.index], strict=True)]
         if self.attention.window is not None:
             tokens = [min(seen, self.attention.window - 1) for seen in tokens]
         return sum(tokens) * self.attention.cached_elements * self.store.keys.element_size()
 
 
 def engine_cache(anatomy: Anatomy, policy: CachePolicy | None, call: Call) -> Cache:
-    """A cache for a model, with the policy on every layer that has no sliding window."""
-    acting = [policy if layer.attention.window is None else None for layer in anatomy.layers]
-    return Cache(layers=[EngineLayer(index, anatomy, each, call) for index, each in enumerate(acting)])
+    """A cache for a model, with the policy on the layers it may act on."""
+    acting = acting_layers(anatomy)
+    layers = [EngineLayer(index, anatomy, policy if index in acting else None, call) for index in range(anatomy.num_layers)]
+    return Cache(layers=layers)
+
+
+def acting_layers(anatomy: Anatomy) -> list[int]:
+    """The layers a cache method may act on: those without a sliding window."""
+    return [layer.index for layer in anatomy.layers if layer.attention.window is None]
+
+
+def allocate(anatomy: Anatomy, policy: CachePolicy | None, prompt_lengths: list[int]) -> dict[int, list[int]]:
+    """Tokens each kv head may keep, by layer and row; layers without a bound are left out."""
+    acting = acting_layers(anatomy)
+    shares = [policy.allocate(length, len(acting)) for length in prompt_lengths] if policy is not None else []
+    bounded = [share for share in shares if share is not None]
+    return {index: list(rows) for index, rows in zip(acting, zip(*bounded, strict=True), strict=True)} if bounded else {}

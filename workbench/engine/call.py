@@ -23,8 +23,8 @@ class Call:
     has_padding: bool = False
     seen: list[int] = field(default_factory=list)
     """Tokens each row has seen, this call's included, padding not counted."""
-    capacity: list[int] | None = None
-    """Tokens each kv head may keep, by row; None: no bound."""
+    capacity: dict[int, list[int]] = field(default_factory=dict)
+    """Tokens each kv head may keep, by layer and row; a layer that is not listed has no bound."""
     importance: str = "off"
     masses: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
     """Layer, attention mass by position `[B, Hq, seen]` and observed queries, until the session writes them."""

@@ -58,7 +58,11 @@ class CachePolicy(Protocol):
     """The phases after whose attention the method decides."""
 
     def capacity(self, prompt_tokens: int) -> int | None:
-        """Tokens each kv head may keep after a prompt of this length; None: no bound."""
+        """Tokens each kv head may keep after a prompt of this length, on average over layers; None: no bound."""
+        ...
+
+    def allocate(self, prompt_tokens: int, num_layers: int) -> list[int] | None:
+        """The same for each of the layers the method acts on, first to last."""
         ...
 
     def keep(self, state: LayerState) -> torch.Tensor:

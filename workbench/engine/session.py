@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.engine.attention import engine_attention
-from workbench.engine.cache import engine_cache
+from workbench.engine.cache import allocate, engine_cache
 from workbench.engine.call import Call
 from workbench.engine.check import check_engine
 from workbench.engine.setup import Method, Setup
@@ -143,9 +143,7 @@ class Session:
             raise UserError("This session has its prompt already; use append(text) for a further turn, or a new Session.")
         rows = self._encode(prompt, special_tokens=True)
         self._check_room(rows)
-        cache_method = self.setup.cache
-        limits = [cache_method.capacity(len(row)) for row in rows] if cache_method else []
-        self._call.capacity = None if not limits or limits[0] is None else limits
+        self._call.capacity = allocate(self.lm.anatomy, self.setup.cache, [len(row) for row in rows])
         self._tokens = [[] for _ in rows]
         return self._forward(rows, "prefill")
 

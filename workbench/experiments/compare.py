@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from workbench.cost.metrics import Fired, cache_bytes, fired, ttft_ns
+from workbench.engine.cache import acting_layers
 from workbench.engine.session import Session
 from workbench.engine.setup import Method, Setup
 from workbench.errors import MethodDidNotFire
@@ -89,7 +90,7 @@ def compare(lm: LM, workload: Workload, setups: Iterable[Given], *, on_progress:
         "workload": workload.name,
         "settings": settings,
         "layers": lm.anatomy.num_layers,
-        "sliding_layers": lm.anatomy.num_layers - len(_may_evict(lm)),
+        "sliding_layers": lm.anatomy.num_layers - len(acting_layers(lm.anatomy)),
         "environment": environment(),
     }
     return Comparison(about, tuple(rows), traces)
@@ -160,27 +161,23 @@ def _lead(session: Session, prompt: tuple[int, ...], tokens: tuple[int, ...]) ->
 
 def _check_fired(lm: LM, setup: Setup, trace: Trace, prompt_tokens: int) -> Fired:
     """What the cache method did. Raises MethodDidNotFire if it left undone what it had to do."""
-    may_evict = _may_evict(lm)
-    done = fired(trace, may_evict)
+    may_evict = acting_layers(lm.anatomy)
     capacity = setup.cache.capacity(prompt_tokens) if setup.cache else None
-    if capacity is None or capacity >= prompt_tokens:
-        return done
+    if setup.cache is None or capacity is None or capacity >= prompt_tokens:
+        return fired(trace, may_evict)
     if not may_evict:
         raise MethodDidNotFire(
             f"{setup.label} has no layer to act on: all {lm.anatomy.num_layers} layers of {lm.name} are sliding-window layers, "
             "which are left alone."
         )
+    shares = setup.cache.allocate(prompt_tokens, len(may_evict)) or []
+    done = fired(trace, [layer for layer, share in zip(may_evict, shares, strict=True) if share < prompt_tokens])
     if done.due_steps == 0 or done.steps < done.due_steps or done.layers < done.due_layers:
         raise MethodDidNotFire(
             f"{setup.label} did not do its work on {lm.name}: it brought the cache within its budget of {capacity} tokens on "
             f"{done.layers} of {done.due_layers} layers and at {done.steps} of {done.due_steps} steps where it had to."
         )
     return done
-
-
-def _may_evict(lm: LM) -> list[int]:
-    """The layers a cache method may act on: those without a sliding window."""
-    return [layer.index for layer in lm.anatomy.layers if layer.attention.window is None]
 
 
 def _row(setup: Setup, samples: list[_Sample]) -> Row:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 
 from workbench.cost.metrics import cache_bytes
-from workbench.plots.theme import method_colours, method_of, style
+from workbench.plots.theme import method_colours, method_of, method_symbol, style
 from workbench.trace.trace import Trace
 
 
@@ -26,7 +26,7 @@ def kv_bytes(traces: Trace | Mapping[str, Trace]) -> go.Figure:
                 x=held["step"],
                 y=held[column],
                 mode="lines+markers",
-                marker={"size": 4},
+                marker={"size": 5, "symbol": method_symbol(method_of(label))},
                 name=method_of(label),
                 legendgroup=method_of(label),
                 showlegend=kind == "physical" and method_of(label) not in shown,

@@ -40,9 +40,9 @@ def method_colours(labels: list[str]) -> dict[str, str]:
 
 
 def method_symbol(method: str) -> str:
-    """A marker symbol for a method, the same in every figure."""
+    """A marker symbol for a method, the same in every figure. Methods that share a colour differ in it."""
     place = _places([method]).get(method, -1)
-    return SYMBOLS[(place + 1) % len(SYMBOLS)]
+    return SYMBOLS[(place + 1 + place // len(PALETTE)) % len(SYMBOLS)]
 
 
 def _places(labels: list[str]) -> dict[str, int]:

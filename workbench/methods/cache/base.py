@@ -29,9 +29,13 @@ class CacheMethod(Method):
 
     budget: Budget
 
-    def capacity(self, prompt_tokens: int) -> int | None:
-        """Tokens each kv head may keep after a prompt of this length."""
+    def capacity(self, prompt_tokens: int) -> int:
+        """Tokens each kv head may keep after a prompt of this length, on average over layers."""
         return resolve_budget(self.budget, prompt_tokens)
+
+    def allocate(self, prompt_tokens: int, num_layers: int) -> list[int]:
+        """The same for each of the layers the method acts on, first to last: here as much for each."""
+        return [self.capacity(prompt_tokens)] * num_layers
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head."""
@@ -60,6 +64,26 @@ def observe_window(state: LayerState, window: int) -> torch.Tensor:
     occupied = state.occupied if bool((state.positions < 0).any()) else None
     rows = attention_rows(queries, state.keys, state.scaling, occupied=occupied)
     return rows.flatten(1, 2)
+
+
+def observing_cost(state: LayerState, num_queries: int) -> tuple[int, int]:
+    """FLOPs and bytes of scoring all keys with so many queries a head: `2 Hq W N D`; keys read, scores written."""
+    batch, num_q_heads, _, head_dim = state.queries.shape
+    scores = batch * num_q_heads * num_queries * state.keys.shape[2]
+    return 2 * scores * head_dim, state.keys.nbytes + 4 * scores
+
+
+def window_scores(state: LayerState, windows: torch.Tensor, pooling: str, kernel: int) -> torch.Tensor:
+    """SnapKV's scores `[B, H, N]`: attention summed over the last `windows[b]` queries, pooled, then averaged over a group.
+
+    The window's own tokens score infinity: they always stay.
+    """
+    widest = int(windows.max())
+    attention = observe_window(state, widest)
+    votes = torch.arange(widest, device=windows.device) >= widest - windows.view(-1, 1)
+    scores = (attention * votes[:, None, :, None]).sum(2)
+    scores = reduce_heads(pool_scores(scores, pooling, kernel), state.keys.shape[1])
+    return scores.masked_fill(recent(state, windows), torch.inf)
 
 
 def reduce_heads(scores: torch.Tensor, num_kv_heads: int) -> torch.Tensor:

@@ -21,3 +21,6 @@ class Dense(Method):
 
     def capacity(self, prompt_tokens: int) -> None:
         """No bound."""
+
+    def allocate(self, prompt_tokens: int, num_layers: int) -> None:
+        """No bound in any layer."""

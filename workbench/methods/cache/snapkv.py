@@ -9,7 +9,7 @@ import torch
 
 from workbench.engine.policy import QUERIES, LayerState
 from workbench.methods.base import Budget, budget_knob, knob, register
-from workbench.methods.cache.base import CacheMethod, keep_top, observe_window, pool_scores, recent, reduce_heads
+from workbench.methods.cache.base import CacheMethod, keep_top, observing_cost, window_scores
 
 
 @register
@@ -35,19 +35,12 @@ class SnapKV(CacheMethod):
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """The window, and the best-scored tokens before it. Scores: attention summed over the window's queries."""
-        windows = self._windows(state)
-        widest = int(windows.max())
-        attention = observe_window(state, widest)
-        votes = torch.arange(widest, device=windows.device) >= widest - windows.view(-1, 1)
-        scores = (attention * votes[:, None, :, None]).sum(2)
-        scores = reduce_heads(pool_scores(scores, self.pooling, self.kernel), state.keys.shape[1])
-        return keep_top(scores.masked_fill(recent(state, windows), torch.inf), state.capacity, state.occupied)
+        scores = window_scores(state, self._windows(state), self.pooling, self.kernel)
+        return keep_top(scores, state.capacity, state.occupied)
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
         """One pass of the window's queries over the keys: `2 Hq W N D` FLOPs; keys read, scores written."""
-        batch, num_q_heads, _, head_dim = state.queries.shape
-        scores = batch * num_q_heads * int(self._windows(state).max()) * state.keys.shape[2]
-        return 2 * scores * head_dim, state.keys.nbytes + 4 * scores
+        return observing_cost(state, int(self._windows(state).max()))
 
     def _windows(self, state: LayerState) -> torch.Tensor:
         """`[B]` queries that vote in each row."""
