@@ -434,8 +434,8 @@ def profile(
             model off CUDA with a period has every GPU sampled that NVML lists; `math.inf` switches it off.
 
     Raises:
-        UserError: if the model is no decoder-only causal LM, is compiled, only wraps one, or its attention cannot be observed, and
-            for a period that is none.
+        UserError: if the model is no decoder-only causal LM, is compiled, only wraps one, or its attention cannot be
+            observed, and for a period that is none.
     """
     return Profile(model, importance, spans=spans, tokenizer=tokenizer, out=out, device_period_s=device_period_s)
 
