@@ -38,6 +38,8 @@ class EngineLayer(CacheLayerMixin):
         self.call = call
         self.store = RectangularStore(with_mass=policy is not None and MASS in policy.needs)
         self._seen = 0
+        self._undecided = False
+        """Whether the policy came by a swap and has not had its say on what is held."""
 
     # What transformers asks of a cache layer. Positions and masks are the session's business: it passes its own, so
     # the sizes given here serve no one.
@@ -115,6 +117,17 @@ class EngineLayer(CacheLayerMixin):
             self._decide(query, scaling)
         return out.transpose(1, 2), None
 
+    def swap(self, policy: CachePolicy | None) -> None:
+        """Puts another policy in charge. It decides on what is held in the next call, even if it does not act in its phase.
+
+        Accumulated attention goes on if both policies need it, starts at zero if only the new one does, and is freed
+        if that does not. Slots are put in the order of the text, since a method of prompts may look at a token's neighbours.
+        """
+        self.store.sort()
+        self.policy = policy
+        self.store.keep_mass(policy is not None and MASS in policy.needs)
+        self._undecided = True
+
     def clone(self, call: Call) -> EngineLayer:
         """An independent copy that takes part in another session's calls."""
         other = copy.copy(self)
@@ -147,7 +160,9 @@ class EngineLayer(CacheLayerMixin):
 
     def _decide(self, query: torch.Tensor, scaling: float) -> None:
         capacity = self.call.capacity
-        if capacity is None or self.call.phase not in self.policy.acts:
+        acts = self._undecided or self.call.phase in self.policy.acts
+        self._undecided = False
+        if capacity is None or not acts:
             return
         if all(held <= limit for held, limit in zip(self.store.held_by_row(), capacity, strict=True)):
             return
@@ -193,3 +208,10 @@ def engine_cache(anatomy: Anatomy, policy: CachePolicy | None, call: Call) -> Ca
     """A cache for a model, with the policy on every layer that has no sliding window."""
     acting = [policy if layer.attention.window is None else None for layer in anatomy.layers]
     return Cache(layers=[EngineLayer(index, anatomy, each, call) for index, each in enumerate(acting)])
+
+
+def swap_policy(cache: Cache, policy: CachePolicy | None) -> None:
+    """Puts another policy in charge of every layer that has no sliding window."""
+    for layer in cache.layers:
+        if isinstance(layer, EngineLayer) and layer.attention.window is None:
+            layer.swap(policy)

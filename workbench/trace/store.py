@@ -46,6 +46,12 @@ class TraceWriter:
         """Appends several rows."""
         self.rows[table].extend(rows)
 
+    def update_meta(self, **meta: Any) -> None:
+        """Changes what the meta says, on disk too."""
+        self.meta |= meta
+        if self.directory is not None:
+            write_meta(self.directory, self.meta)
+
     def flush(self, everything: bool = False) -> None:
         """Writes the tables that have grown large, or all of them."""
         for name, rows in self.rows.items():
@@ -62,9 +68,7 @@ class TraceWriter:
     def close(self, **meta: Any) -> None:
         """Writes what is left and marks the trace complete."""
         self.flush(everything=True)
-        self.meta |= {**meta, "complete": True}
-        if self.directory is not None:
-            write_meta(self.directory, self.meta)
+        self.update_meta(**meta, complete=True)
 
     def tables(self) -> dict[str, pa.Table]:
         """All rows so far, as Arrow tables."""

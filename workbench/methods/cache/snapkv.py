@@ -38,17 +38,19 @@ class SnapKV(CacheMethod):
         windows = self._windows(state)
         widest = int(windows.max())
         attention = observe_window(state, widest)
-        votes = torch.arange(widest, device=windows.device) >= widest - windows.view(-1, 1)
+        voting = attention.shape[2]
+        votes = torch.arange(voting, device=windows.device) >= voting - windows.view(-1, 1)
         scores = (attention * votes[:, None, :, None]).sum(2)
         scores = reduce_heads(pool_scores(scores, self.pooling, self.kernel), state.keys.shape[1])
         return keep_top(scores.masked_fill(recent(state, windows), torch.inf), state.capacity, state.occupied)
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
         """One pass of the window's queries over the keys: `2 Hq W N D` FLOPs; keys read, scores written."""
-        batch, num_q_heads, _, head_dim = state.queries.shape
-        scores = batch * num_q_heads * int(self._windows(state).max()) * state.keys.shape[2]
+        batch, num_q_heads, num_queries, head_dim = state.queries.shape
+        voting = min(num_queries, int(self._windows(state).max()))
+        scores = batch * num_q_heads * voting * state.keys.shape[2]
         return 2 * scores * head_dim, state.keys.nbytes + 4 * scores
 
     def _windows(self, state: LayerState) -> torch.Tensor:
-        """`[B]` queries that vote in each row."""
+        """`[B]` last tokens that stay in each row; those of this call vote with their queries."""
         return torch.minimum(state.capacity // 2, state.newest.view(-1) + 1).clamp(1, self.window)
