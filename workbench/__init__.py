@@ -21,6 +21,7 @@ _HOMES = {
     "METHODS": "workbench.methods",
     "Method": "workbench.methods",
     "MethodDidNotFire": "workbench.errors",
+    "Recording": "workbench.trace.recording",
     "Session": "workbench.engine.session",
     "Setup": "workbench.engine.setup",
     "Trace": "workbench.trace.trace",
@@ -29,6 +30,7 @@ _HOMES = {
     "knob": "workbench.methods",
     "load": "workbench.models.load",
     "profile": "workbench.probes.profiler",
+    "record": "workbench.experiments.record",
     "register": "workbench.methods",
 }
 """Where each public name is defined. Method classes are not listed: the registry knows them."""
