@@ -27,7 +27,7 @@ LAYERS = {
     "engine": {"errors", "trace", "models", "probes", "kernels"},
     "methods": {"errors", "registry", "trace", "engine", "kernels"},
     "workloads": {"errors", "registry", "texts", "models", "engine"},
-    "experiments": {"errors", "trace", "cost", "models", "probes", "engine", "methods", "workloads"},
+    "experiments": {"errors", "trace", "cost", "models", "probes", "engine", "methods", "workloads", "kernels"},
     "plots": {"errors", "trace", "cost"},
     "report": {"errors", "trace", "plots"},
     "doctor": {"errors", "models", "probes", "engine"},

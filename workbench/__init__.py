@@ -22,6 +22,7 @@ _HOMES = {
     "Method": "workbench.methods",
     "MethodDidNotFire": "workbench.errors",
     "Recording": "workbench.trace.recording",
+    "Replay": "workbench.trace.replay",
     "Session": "workbench.engine.session",
     "Setup": "workbench.engine.setup",
     "Trace": "workbench.trace.trace",
@@ -32,6 +33,7 @@ _HOMES = {
     "profile": "workbench.probes.profiler",
     "record": "workbench.experiments.record",
     "register": "workbench.methods",
+    "replay": "workbench.experiments.replay",
 }
 """Where each public name is defined. Method classes are not listed: the registry knows them."""
 

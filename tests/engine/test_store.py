@@ -125,3 +125,13 @@ def test_sorting_puts_slots_in_the_order_of_the_text():
         == store.values.flatten().tolist()
         == [0, 2, 3, 4, 5]
     )
+
+
+def test_stores_given_the_same_positions_do_not_share_them():
+    """All layers are given the call's positions; with one row and one kv head nothing would need a copy."""
+    positions = torch.arange(5, dtype=torch.int32)[None]
+    stores = [RectangularStore(), RectangularStore()]
+    for store in stores:
+        store.append(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2), positions, has_padding=False)
+    stores[0].keep(torch.tensor([[[False, True, True, True, True]]]))
+    assert stores[1].positions.flatten().tolist() == [0, 1, 2, 3, 4]

@@ -83,7 +83,8 @@ class RectangularStore:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, has_padding: bool) -> None:
         """Adds the tokens of a call. `positions` is `[B, Q]` int32, -1 for padding."""
-        new = {"keys": keys, "values": values, "positions": positions[:, None].expand(keys.shape[:3])}
+        # The positions are those of all layers, so each store has its own copy, even where one head needs no expanding.
+        new = {"keys": keys, "values": values, "positions": positions[:, None].repeat(1, keys.shape[1], 1)}
         if self._with_mass:
             new["mass"] = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
         end = self.length + keys.shape[2]
