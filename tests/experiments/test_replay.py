@@ -124,6 +124,21 @@ def test_the_table_adds_up_to_the_curves(recording):
         assert kept == len(replay.kept(row.method, 0.3, 1, 2)[0])
 
 
+@pytest.mark.parametrize("cls", EVICTING, ids=lambda cls: cls.name)
+def test_budgets_replayed_together_are_those_replayed_alone(recording, cls):
+    budgets = [0.2, 7, 0.6, 1000]
+    together = wb.replay(recording, [small(cls)], budgets)
+    for budget, point in zip(budgets, together.points, strict=True):
+        (alone,) = wb.replay(recording, [small(cls)], [budget]).points
+        assert np.array_equal(point.gone, alone.gone) and np.array_equal(point.held_bytes, alone.held_bytes)
+
+
+def test_one_token_is_not_the_whole_prompt(recording):
+    replay = wb.replay(recording, ["h2o"], [1, 1.0, 1])
+    assert [len(replay.kept("h2o", budget, 0, 0)[0]) for budget in (1, 1.0)] == [2, PROMPT + 1]
+    assert len(replay.points) == 2
+
+
 def test_a_recording_is_not_changed(recording):
     before = [tensor.clone() for layer in recording.layers for tensor in layer.tensors().values()]
     wb.replay(recording, [small(cls) for cls in EVICTING], [0.3, PROMPT - 1])

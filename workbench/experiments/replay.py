@@ -8,7 +8,8 @@ would have had. The policies are those that run live, on a `LayerState` of the r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,7 @@ from workbench.engine.policy import MASS, QUERIES, CachePolicy, LayerState
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
 from workbench.methods.base import Budget, Method, parse_method
+from workbench.methods.cache.base import CacheMethod
 from workbench.trace.recording import LayerTensors, Recording
 from workbench.trace.replay import Point, Replay
 from workbench_kernels.attention_rows import attention_rows
@@ -37,19 +39,20 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     Raises:
         UserError: for a method without a budget, and for no method or budget at all.
     """
-    setups = [(name, policy) for given in methods for name, policy in _with_budgets(given, list(budgets))]
-    if not setups:
+    wanted = list({repr(budget): budget for budget in budgets}.values())  # 1 token is not 1.0 of the prompt
+    families = [_at_budgets(given, wanted) for given in methods]
+    if not wanted or not families:
         raise UserError("There is nothing to replay: give at least one method and one budget.")
     with torch.no_grad():
         layers = [
-            [_replayed(scene, policy) for _, policy in setups]
+            [result for family in families for result in _family(scene, family)]
             for scene in (_Scene.of(layer, recording) for layer in recording.layers)
         ]
     points = []
-    for number, (name, policy) in enumerate(setups):
+    for number, policy in enumerate(itertools.chain.from_iterable(families)):
         parts = [results[number] for results in layers]
         arrays = [torch.stack([getattr(part, each) for part in parts]).cpu().numpy() for each in _ARRAYS]
-        points.append(Point(name, policy.budget, policy.label, *arrays))
+        points.append(Point(_name(policy), policy.budget, policy.label, *arrays))
     about = {
         "model": recording.trace.anatomy.class_name,
         "layers": [layer.layer for layer in recording.layers],
@@ -59,13 +62,12 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     return Replay(about, tuple(points))
 
 
-def _with_budgets(given: Method | str, budgets: list[Budget]) -> list[tuple[str, Method]]:
-    """A method at each budget, with its name, knobs that differ from their defaults included."""
+def _at_budgets(given: Method | str, budgets: list[Budget]) -> list[CacheMethod]:
+    """A method at each budget."""
     method = parse_method(given) if isinstance(given, str) else given
-    if not isinstance(method, Method) or "budget" not in {knob.name for knob in dataclasses.fields(method)}:
+    if not isinstance(method, CacheMethod):
         raise UserError(f"{given!r} has no budget to replay; give methods that evict, such as 'h2o' or wb.SnapKV(window=16).")
-    at_budgets = [dataclasses.replace(method, budget=budget) for budget in dict.fromkeys(budgets)]
-    return [(_name(policy), policy) for policy in at_budgets]
+    return [dataclasses.replace(method, budget=budget) for budget in budgets]
 
 
 def _name(policy: Method) -> str:
@@ -154,8 +156,15 @@ class _Scene:
         return seen[..., -1], seen[..., :-1]
 
 
-def _replayed(scene: _Scene, policy: CachePolicy) -> _Replayed:
-    gone = _gone(scene, policy)
+def _family(scene: _Scene, policies: Sequence[CachePolicy]) -> Iterator[_Replayed]:
+    """One method at each budget. Deciding at every step is many small operations, so its budgets go together."""
+    together = "decode" in policies[0].acts
+    gone = _gone(scene, policies) if together else torch.cat([_gone(scene, [policy]) for policy in policies])
+    for policy, each in zip(policies, gone, strict=True):
+        yield _replayed(scene, policy, each)
+
+
+def _replayed(scene: _Scene, policy: CachePolicy, gone: torch.Tensor) -> _Replayed:
     steps = scene.rows.shape[2]
     mass, seen = scene.attend(gone)
     weight = mass + scene.sink
@@ -184,70 +193,68 @@ def _oracle(scene: _Scene, policy: CachePolicy, gone: torch.Tensor, kept: torch.
     return scene.attend(best)[0].mean(1)
 
 
-def _gone(scene: _Scene, policy: CachePolicy) -> torch.Tensor:
-    """`[H, N]` int32: the step from which on each token is not held any more, S if it stays."""
-    layer, prompt = scene.layer, scene.prompt
+def _gone(scene: _Scene, policies: Sequence[CachePolicy]) -> torch.Tensor:
+    """`[B, H, N]` int32: the step from which on each token is not held any more, S if it stays.
+
+    `policies` is one method at B budgets, each a row of a batch: a policy reads its budget from the state's capacity.
+    """
+    layer, prompt, policy = scene.layer, scene.prompt, policies[0]
     steps = scene.rows.shape[2]
     num_heads, total, _ = layer.keys.shape
-    gone = torch.full((num_heads, total), steps, dtype=torch.int32, device=layer.keys.device)
-    capacity = policy.capacity(prompt)
-    if capacity is None:
-        return gone
-    with_mass = MASS in policy.needs
-    store = RectangularStore(with_mass=with_mass)
-    positions = torch.arange(total, dtype=torch.int32, device=gone.device)[None]
-    # The store evicts in place, so the prompt's keys and values are copies.
-    store.append(layer.keys[None, :, :prompt].clone(), layer.values[None, :, :prompt].clone(), positions[:, :prompt], False)
-    if with_mass:
-        store.mass.copy_(layer.prompt_mass)
-    _decide(scene, policy, store, capacity, slice(0, prompt), "prefill", gone, 0)
-    if "decode" not in policy.acts:
-        return gone
-    for step in range(steps):
-        token = slice(prompt + step, prompt + step + 1)
-        store.append(layer.keys[None, :, token], layer.values[None, :, token], positions[:, token], False)
-        if with_mass:
-            store.mass.add_(_received(scene, step, store.positions[0]))
-        _decide(scene, policy, store, capacity, token, "decode", gone, step + 1)
+    device = layer.keys.device
+    limits = [policy.capacity(prompt) for policy in policies]
+    capacity = torch.tensor([total if limit is None else limit for limit in limits], device=device)
+    gone = torch.full((len(policies), num_heads, total), steps, dtype=torch.int32, device=device)
+    store = RectangularStore(with_mass=MASS in policy.needs)
+    for step in range(-1, steps if "decode" in policy.acts else 0):
+        token = slice(0, prompt) if step < 0 else slice(prompt + step, prompt + step + 1)
+        positions = torch.arange(token.start, token.stop, dtype=torch.int32, device=device).expand(len(policies), -1)
+        # The store evicts in place, so what it is given are copies.
+        keys, values = (tensor[None, :, token].repeat(len(policies), 1, 1, 1) for tensor in (layer.keys, layer.values))
+        store.append(keys, values, positions, has_padding=False)
+        if store.mass is not None:
+            store.mass.add_(layer.prompt_mass if step < 0 else _received(scene, step, store.positions))
+        _decide(scene, policy, store, capacity, token, gone, step + 1)
     return gone
 
 
 def _received(scene: _Scene, step: int, positions: torch.Tensor) -> torch.Tensor:
-    """`[H, C]` attention of a decoded token over what is held at `positions` `[H, C]`, summed over the group."""
-    held = positions >= 0
-    row = scene.rows[:, :, step]
-    index = positions.clamp(min=0).long()[:, None].expand(-1, row.shape[1], -1)
-    seen = row.gather(2, index) * held[:, None]
-    return (seen / (seen.sum(-1, keepdim=True) + scene.sink[:, :, step, None])).sum(1)
+    """`[B, H, C]` attention of a decoded token over what is held at `positions` `[B, H, C]`, summed over the group."""
+    batch, group = positions.shape[0], scene.rows.shape[1]
+    held = (positions >= 0).unsqueeze(2)
+    index = positions.clamp(min=0).long().unsqueeze(2).expand(-1, -1, group, -1)
+    seen = scene.rows[None, :, :, step].expand(batch, -1, -1, -1).gather(3, index) * held
+    return (seen / (seen.sum(-1, keepdim=True) + scene.sink[:, :, step, None])).sum(2)
 
 
 def _decide(
     scene: _Scene,
     policy: CachePolicy,
     store: RectangularStore,
-    capacity: int,
+    capacity: torch.Tensor,
     queries: slice,
-    phase: str,
     gone: torch.Tensor,
     step: int,
 ) -> None:
     """Lets the policy decide as the engine does, and notes in `gone` what it drops before a step."""
-    if store.held_by_row()[0] <= capacity:
+    if all(held <= limit for held, limit in zip(store.held_by_row(), capacity.tolist(), strict=True)):
         return
+    asked = scene.layer.queries[None, :, queries].expand(len(gone), -1, -1, -1) if QUERIES in policy.needs else None
     state = LayerState(
         keys=store.keys,
         values=store.values,
         positions=store.positions,
-        capacity=torch.tensor([capacity], device=gone.device),
+        capacity=capacity,
         scaling=scene.layer.scaling,
         layer=scene.layer.layer,
         num_layers=scene.num_layers,
-        phase=phase,
-        queries=scene.layer.queries[None, :, queries] if QUERIES in policy.needs else None,
+        phase="prefill" if step == 0 else "decode",
+        queries=asked,
         mass=store.mass,
     )
-    keep = policy.keep(state) & state.occupied
-    head, slot = (~keep & state.occupied)[0].nonzero(as_tuple=True)
-    gone[head, state.positions[0, head, slot].long()] = step
-    if "decode" in policy.acts:
+    occupied = state.occupied
+    keep = policy.keep(state) & occupied
+    dropped = (~keep & occupied).nonzero(as_tuple=True)
+    if len(dropped[0]):
+        gone[dropped[0], dropped[1], state.positions[dropped].long()] = step
         store.keep(keep)

@@ -103,7 +103,8 @@ class Replay:
     def point(self, method: str, budget: float) -> Point:
         """A method at a budget. Raises UserError if it was not replayed."""
         for point in self.points:
-            if method in (point.method, point.setup) and point.budget == budget:
+            same_kind = isinstance(point.budget, int) == isinstance(budget, int)  # 1 token is not 1.0 of the prompt
+            if method in (point.method, point.setup) and same_kind and point.budget == budget:
                 return point
         known = ", ".join(point.setup for point in self.points)
         raise UserError(f"{method!r} at budget {budget} was not replayed; replayed are {known}.")
