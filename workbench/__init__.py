@@ -21,6 +21,8 @@ _HOMES = {
     "METHODS": "workbench.methods",
     "Method": "workbench.methods",
     "MethodDidNotFire": "workbench.errors",
+    "Recording": "workbench.trace.recording",
+    "Replay": "workbench.trace.replay",
     "Session": "workbench.engine.session",
     "Setup": "workbench.engine.setup",
     "Trace": "workbench.trace.trace",
@@ -33,7 +35,9 @@ _HOMES = {
     "load": "workbench.models.load",
     "predict": "workbench.cost.roofline",
     "profile": "workbench.probes.profiler",
+    "record": "workbench.experiments.record",
     "register": "workbench.methods",
+    "replay": "workbench.experiments.replay",
 }
 """Where each public name is defined. Method classes are not listed: the registry knows them."""
 

@@ -109,3 +109,29 @@ def test_clone_is_independent():
     other.keep(torch.zeros_like(other.positions, dtype=torch.bool).index_fill(2, torch.tensor([0]), True))
     assert store.length == 20 and other.length == 1
     check(store)
+
+
+def test_sorting_puts_slots_in_the_order_of_the_text():
+    store = RectangularStore(with_mass=True)
+    positions = torch.arange(6, dtype=torch.int32)[None]
+    keys = torch.arange(6.0).view(1, 1, 6, 1)
+    store.append(keys, keys.clone(), positions, has_padding=False)
+    store.keep((positions != 1)[None])  # the last token moves into the hole
+    assert store.positions.flatten().tolist() == [0, 5, 2, 3, 4]
+    store.sort()
+    assert (
+        store.positions.flatten().tolist()
+        == store.keys.flatten().tolist()
+        == store.values.flatten().tolist()
+        == [0, 2, 3, 4, 5]
+    )
+
+
+def test_stores_given_the_same_positions_do_not_share_them():
+    """All layers are given the call's positions; with one row and one kv head nothing would need a copy."""
+    positions = torch.arange(5, dtype=torch.int32)[None]
+    stores = [RectangularStore(), RectangularStore()]
+    for store in stores:
+        store.append(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2), positions, has_padding=False)
+    stores[0].keep(torch.tensor([[[False, True, True, True, True]]]))
+    assert stores[1].positions.flatten().tolist() == [0, 1, 2, 3, 4]

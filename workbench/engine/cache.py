@@ -38,6 +38,8 @@ class EngineLayer(CacheLayerMixin):
         self.call = call
         self.store = RectangularStore(with_mass=policy is not None and MASS in policy.needs)
         self._seen = 0
+        self._undecided = False
+        """Whether the policy came by a swap and has not had its say on what is held."""
 
     # What transformers asks of a cache layer. Positions and masks are the session's business: it passes its own, so
     # the sizes given here serve no one.
@@ -115,6 +117,17 @@ class EngineLayer(CacheLayerMixin):
             self._decide(query, scaling)
         return out.transpose(1, 2), None
 
+    def swap(self, policy: CachePolicy | None) -> None:
+        """Puts another policy in charge. It decides on what is held in the next call, even if it does not act in its phase.
+
+        Accumulated attention goes on if both policies need it, starts at zero if only the new one does, and is freed
+        if that does not. Slots are put in the order of the text, since a method of prompts may look at a token's neighbours.
+        """
+        self.store.sort()
+        self.policy = policy
+        self.store.keep_mass(policy is not None and MASS in policy.needs)
+        self._undecided = True
+
     def clone(self, call: Call) -> EngineLayer:
         """An independent copy that takes part in another session's calls."""
         other = copy.copy(self)
@@ -147,7 +160,9 @@ class EngineLayer(CacheLayerMixin):
 
     def _decide(self, query: torch.Tensor, scaling: float) -> None:
         capacity = self.call.capacity.get(self.index)
-        if capacity is None or self.call.phase not in self.policy.acts:
+        acts = self._undecided or self.call.phase in self.policy.acts
+        self._undecided = False
+        if capacity is None or not acts:
             return
         if all(held <= limit for held, limit in zip(self.store.held_by_row(), capacity, strict=True)):
             return
@@ -207,3 +222,10 @@ def allocate(anatomy: Anatomy, policy: CachePolicy | None, prompt_lengths: list[
     shares = [policy.allocate(length, len(acting)) for length in prompt_lengths] if policy is not None else []
     bounded = [share for share in shares if share is not None]
     return {index: list(rows) for index, rows in zip(acting, zip(*bounded, strict=True), strict=True)} if bounded else {}
+
+
+def swap_policy(cache: Cache, policy: CachePolicy | None) -> None:
+    """Puts another policy in charge of every layer that has no sliding window."""
+    for layer in cache.layers:
+        if isinstance(layer, EngineLayer) and layer.attention.window is None:
+            layer.swap(policy)

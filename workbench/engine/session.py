@@ -1,4 +1,4 @@
-"""One running generation under a setup: prefill, step, generate, append, branch.
+"""One running generation under a setup: prefill, step, generate, append, swap, branch.
 
 The session attaches to the model for the length of each call and leaves it as it found it, so sessions with different
 methods, and plain `generate()`, may take turns on one model.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.engine.attention import engine_attention
-from workbench.engine.cache import allocate, engine_cache
+from workbench.engine.cache import allocate, engine_cache, swap_policy
 from workbench.engine.call import Call
 from workbench.engine.check import check_engine
 from workbench.engine.setup import Method, Setup
@@ -89,6 +89,7 @@ class Session:
         meta = {
             "anatomy": lm.anatomy.to_dict(),
             "setup": self.setup.label,
+            "swaps": [],
             "environment": environment(),
             "clock": "perf_counter_ns",
             "importance": check_mode(importance),
@@ -102,6 +103,7 @@ class Session:
         self._configs = attention_configs(lm.model)
         self._device, self._pad = lm.device, lm.pad_token
         self._tokens: list[list[int]] = []
+        self._prompt_tokens: list[int] = []
         self._logits: torch.Tensor | None = None
         self._interrupted = False
         self._regimes: set[str] = set()
@@ -143,7 +145,8 @@ class Session:
             raise UserError("This session has its prompt already; use append(text) for a further turn, or a new Session.")
         rows = self._encode(prompt, special_tokens=True)
         self._check_room(rows)
-        self._call.capacity = allocate(self.lm.anatomy, self.setup.cache, [len(row) for row in rows])
+        self._prompt_tokens = [len(row) for row in rows]
+        self._set_capacity()
         self._tokens = [[] for _ in rows]
         return self._forward(rows, "prefill")
 
@@ -202,13 +205,36 @@ class Session:
         texts = [self.lm.tokenizer.decode(row, skip_special_tokens=True) for row in new]
         return Generated(tuple(map(tuple, new)), tuple(texts))
 
+    def swap(self, setup: Setup | Method | Iterable[Method] | None) -> None:
+        """Puts another setup in charge from the next call on; None is dense. The setup in force already changes nothing.
+
+        What was evicted stays evicted; what is held is decided anew. The new method decides in the next call, once its
+        token has been attended over all that is held: only then are there queries to score with. A method that acts on
+        prompts alone decides that once, too, and scores with the queries of that call, which are few in a decode step.
+        Accumulated attention (H2O) starts at zero for the tokens held, unless the old method kept it as well. Under
+        dense nothing more is evicted.
+
+        A budget given as a fraction is, as everywhere, a fraction of the prompt. The `setup` column of `steps` says which
+        setup ruled a step, and `swaps` in the trace's meta lists each change with the first step it rules.
+        """
+        new = Setup.of(setup)
+        if new.label == self.setup.label:
+            return
+        writer = self._call.writer
+        change = {"step": self._call.step + 1, "from": self.setup.label, "to": new.label}
+        self.setup = new
+        swap_policy(self._cache, new.cache)
+        self._set_capacity()
+        writer.update_meta(swaps=[*writer.meta["swaps"], change])
+
     def branch(self) -> Session:
         """An independent copy that goes on from here. It shares nothing mutable; it costs a copy of the cache.
 
-        Its trace starts empty, and its meta says at which step it branched off.
+        Its trace starts empty, and its meta says at which step it branched off, and under which setup.
         """
         other = copy.copy(self)
-        meta = {**self._call.writer.meta, "branched_at_step": self._call.step}
+        branched = {"setup": self.setup.label, "swaps": [], "branched_at_step": self._call.step}
+        meta = {**self._call.writer.meta, **branched}
         other._call = copy.copy(self._call)
         other._call.writer = TraceWriter(meta)
         other._call.seen = list(self._call.seen)
@@ -278,6 +304,10 @@ class Session:
         self._interrupted = False
         return logits
 
+    def _set_capacity(self) -> None:
+        """Resolves the budget of the method in charge for the prompt of each row."""
+        self._call.capacity = allocate(self.lm.anatomy, self.setup.cache, self._prompt_tokens)
+
     @contextmanager
     def _attached(self):
         self._devices.start()
@@ -299,7 +329,7 @@ class Session:
         context = max(call.seen)
         tokens, logits = batch * length, batch * logits_length
         timing = (started, duration, None)
-        add("steps", call.step, call.phase, batch, tokens, context, logits, False, *timing, call.writer.meta["setup"])
+        add("steps", call.step, call.phase, batch, tokens, context, logits, False, *timing, self.setup.label)
         self._regimes.add(regime(call.phase, batch, False))
         self._choices.append((call.step, self._routing.take()))
         for layer, mass, window in call.masses:

@@ -54,7 +54,7 @@ def cache_map(trace: Trace, row: int = 0) -> go.Figure:
     )
     style(
         figure,
-        f"Tokens held at the end: {trace.meta.get('setup', '')}",
+        f"Tokens held at the end: {trace.setup}",
         "position in the text",
         "layer",
         height=120 + 34 * min(num_layers, 20),

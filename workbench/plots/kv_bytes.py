@@ -14,7 +14,7 @@ from workbench.trace.trace import Trace
 def kv_bytes(traces: Trace | Mapping[str, Trace]) -> go.Figure:
     """Cache bytes after each forward call, solid as allocated and dotted as the budget promises."""
     if isinstance(traces, Trace):
-        traces = {str(traces.meta.get("setup", "run")): traces}
+        traces = {traces.setup: traces}
     colours = method_colours(list(traces))
     figure = go.Figure()
     shown: set[str] = set()

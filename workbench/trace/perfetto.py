@@ -39,7 +39,7 @@ def write_perfetto(trace: Trace, path: Path) -> Path:
 
 def about(trace: Trace) -> dict[str, str]:
     """What the trace is of, as text."""
-    return {"model": trace.anatomy.class_name, "setup": str(trace.meta.get("setup")), "complete": str(trace.complete)}
+    return {"model": trace.anatomy.class_name, "setup": trace.setup, "complete": str(trace.complete)}
 
 
 def events(trace: Trace) -> list[dict[str, Any]]:

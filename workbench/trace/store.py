@@ -55,6 +55,12 @@ class TraceWriter:
                 rows[:] = [row for row in rows if row[at] != step]
         self.meta.setdefault("unfinished_steps", []).append({"step": step, "phase": phase, "batch": batch, "tokens": tokens})
 
+    def update_meta(self, **meta: Any) -> None:
+        """Changes what the meta says, on disk too."""
+        self.meta |= meta
+        if self.directory is not None:
+            write_meta(self.directory, self.meta)
+
     def flush(self, everything: bool = False) -> None:
         """Writes the tables that have grown large, or all of them."""
         for name, rows in self.rows.items():
@@ -71,9 +77,7 @@ class TraceWriter:
     def close(self, **meta: Any) -> None:
         """Writes what is left and marks the trace complete, or not where `meta` says so."""
         self.flush(everything=True)
-        self.meta |= {"complete": True, **meta}
-        if self.directory is not None:
-            write_meta(self.directory, self.meta)
+        self.update_meta(**{"complete": True, **meta})
 
     def tables(self) -> dict[str, pa.Table]:
         """All rows so far, as Arrow tables."""

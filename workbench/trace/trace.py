@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +56,12 @@ class Trace:
     def anatomy(self) -> Anatomy:
         """The model's anatomy."""
         return Anatomy.from_dict(self.meta["anatomy"])
+
+    @property
+    def setup(self) -> str:
+        """The setups that ruled the run, in order, such as `dense, then h2o(budget=0.2)`."""
+        changes = self.meta.get("swaps", [])
+        return ", then ".join([self.meta.get("setup", "dense"), *(change["to"] for change in changes)])
 
     def arrow(self, name: str) -> pa.Table:
         """A table as Arrow. Raises UserError for a name that is not a table."""
@@ -182,7 +187,7 @@ class Trace:
 
     def _repr_html_(self) -> str:
         title = html.escape(repr(self))
-        setup = html.escape(json.dumps(self.meta.get("setup", "dense")))
+        setup = html.escape(self.setup)
         return f"<p><b>{title}</b> &nbsp; setup {setup}</p>" + self.summary().to_html(index=False)
 
 

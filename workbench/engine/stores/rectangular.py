@@ -61,9 +61,30 @@ class RectangularStore:
             return [self.length] * self.positions.shape[0]
         return (self.positions >= 0).sum(-1).amax(1).tolist()
 
+    def keep_mass(self, wanted: bool) -> None:
+        """Starts the accumulated attention, at zero for the tokens held, or frees it."""
+        if wanted == self._with_mass:
+            return
+        self._with_mass = wanted
+        if self._buffers and wanted:
+            self._buffers["mass"] = torch.zeros_like(self._buffers["positions"], dtype=torch.float32)
+        elif self._buffers:
+            del self._buffers["mass"]
+        self._weigh()
+
+    def sort(self) -> None:
+        """Puts the slots in the order of their positions, empty ones first: evicting step by step mixes them up."""
+        if not self._buffers or bool((self.positions.diff(dim=-1) >= 0).all()):
+            return
+        order = self.positions.argsort(dim=-1, stable=True)
+        for buffer in self._buffers.values():
+            index = order if buffer.ndim == 3 else order.unsqueeze(-1).expand(-1, -1, -1, buffer.shape[3])
+            buffer[:, :, : self.length] = buffer[:, :, : self.length].gather(2, index)
+
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, has_padding: bool) -> None:
         """Adds the tokens of a call. `positions` is `[B, Q]` int32, -1 for padding."""
-        new = {"keys": keys, "values": values, "positions": positions[:, None].expand(keys.shape[:3])}
+        # The positions are those of all layers, so each store has its own copy, even where one head needs no expanding.
+        new = {"keys": keys, "values": values, "positions": positions[:, None].repeat(1, keys.shape[1], 1)}
         if self._with_mass:
             new["mass"] = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
         end = self.length + keys.shape[2]

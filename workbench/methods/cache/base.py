@@ -68,8 +68,8 @@ def observe_window(state: LayerState, window: int) -> torch.Tensor:
 
 def observing_cost(state: LayerState, num_queries: int) -> tuple[int, int]:
     """FLOPs and bytes of scoring all keys with so many queries a head: `2 Hq W N D`; keys read, scores written."""
-    batch, num_q_heads, _, head_dim = state.queries.shape
-    scores = batch * num_q_heads * num_queries * state.keys.shape[2]
+    batch, num_q_heads, there, head_dim = state.queries.shape
+    scores = batch * num_q_heads * min(num_queries, there) * state.keys.shape[2]
     return 2 * scores * head_dim, state.keys.nbytes + 4 * scores
 
 
@@ -80,7 +80,8 @@ def window_scores(state: LayerState, windows: torch.Tensor, pooling: str, kernel
     """
     widest = int(windows.max())
     attention = observe_window(state, widest)
-    votes = torch.arange(widest, device=windows.device) >= widest - windows.view(-1, 1)
+    voting = attention.shape[2]  # of a decode step that decides after a swap there is one query
+    votes = torch.arange(voting, device=windows.device) >= voting - windows.view(-1, 1)
     scores = (attention * votes[:, None, :, None]).sum(2)
     scores = reduce_heads(pool_scores(scores, pooling, kernel), state.keys.shape[1])
     return scores.masked_fill(recent(state, windows), torch.inf)

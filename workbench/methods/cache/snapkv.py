@@ -43,5 +43,5 @@ class SnapKV(CacheMethod):
         return observing_cost(state, int(self._windows(state).max()))
 
     def _windows(self, state: LayerState) -> torch.Tensor:
-        """`[B]` queries that vote in each row."""
+        """`[B]` last tokens that stay in each row; those of this call vote with their queries."""
         return torch.minimum(state.capacity // 2, state.newest.view(-1) + 1).clamp(1, self.window)

@@ -1,0 +1,265 @@
+"""`wb.replay(recording, methods, budgets)`: what each method would have kept of a recorded run, at any budget.
+
+The attention rows of the decoded tokens over all keys are computed once a layer. A kept set then is a mask on them:
+what it lets through is the mass retained, and the masked row, made to sum to one again, gives the output the method
+would have had. The policies are those that run live, on a `LayerState` of the recorded tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from workbench.engine.cache import acting_layers
+from workbench.engine.policy import MASS, QUERIES, CachePolicy, LayerState
+from workbench.engine.stores.rectangular import RectangularStore
+from workbench.errors import UserError
+from workbench.methods.base import Budget, Method, parse_method
+from workbench.methods.cache.base import CacheMethod
+from workbench.trace.recording import LayerTensors, Recording
+from workbench.trace.replay import Point, Replay
+from workbench_kernels.attention_rows import attention_rows
+
+BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def replay(recording: Recording, methods: Iterable[Method | str], budgets: Iterable[Budget] = BUDGETS) -> Replay:
+    """Replays methods at budgets on a recording.
+
+    Args:
+        recording: made by `wb.record`. Its decoded tokens' attention rows, `[Hq, S, N]` float32, are held a layer at a time.
+        methods: methods, or their text form such as `snapkv:window=16`; their own budget does not matter.
+        budgets: fractions of the prompt, or tokens a kv head.
+
+    Raises:
+        UserError: for a method without a budget, and for no method or budget at all.
+    """
+    wanted = list({repr(budget): budget for budget in budgets}.values())  # 1 token is not 1.0 of the prompt
+    families = [_at_budgets(given, wanted) for given in methods]
+    if not wanted or not families:
+        raise UserError("There is nothing to replay: give at least one method and one budget.")
+    with torch.no_grad():
+        layers = [
+            [result for family in families for result in _family(scene, family)]
+            for scene in (_Scene.of(layer, recording) for layer in recording.layers)
+        ]
+    points = []
+    for number, policy in enumerate(itertools.chain.from_iterable(families)):
+        parts = [results[number] for results in layers]
+        arrays = [torch.stack([getattr(part, each) for part in parts]).cpu().numpy() for each in _ARRAYS]
+        points.append(Point(_name(policy), policy.budget, policy.label, *arrays))
+    about = {
+        "model": recording.trace.anatomy.class_name,
+        "layers": [layer.layer for layer in recording.layers],
+        "prompt_tokens": recording.prompt_tokens,
+        "steps": recording.steps,
+    }
+    return Replay(about, tuple(points))
+
+
+def _at_budgets(given: Method | str, budgets: list[Budget]) -> list[CacheMethod]:
+    """A method at each budget."""
+    method = parse_method(given) if isinstance(given, str) else given
+    if not isinstance(method, CacheMethod):
+        raise UserError(f"{given!r} has no budget to replay; give methods that evict, such as 'h2o' or wb.SnapKV(window=16).")
+    return [dataclasses.replace(method, budget=budget) for budget in budgets]
+
+
+def _name(policy: Method) -> str:
+    """The label without the budget."""
+    knobs = [
+        f"{knob.name}={getattr(policy, knob.name)}"
+        for knob in dataclasses.fields(policy)
+        if knob.name != "budget" and getattr(policy, knob.name) != knob.default
+    ]
+    return f"{policy.name}({', '.join(knobs)})" if knobs else policy.name
+
+
+_ARRAYS = ("mass_retained", "output_error", "oracle_mass", "held_bytes", "gone")
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """One setup on one layer; shapes as in `Point`, without the layers."""
+
+    mass_retained: torch.Tensor
+    output_error: torch.Tensor
+    oracle_mass: torch.Tensor
+    held_bytes: torch.Tensor
+    gone: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """One layer of a recording, and what all setups share. Shapes: G query heads a kv head, otherwise as in `Point`."""
+
+    layer: LayerTensors
+    num_layers: int
+    acting: list[int]
+    """The layers methods act on, among which they share their budget."""
+    prompt: int
+    rows: torch.Tensor
+    """`[H, G, S, N]` float32 attention of the decoded tokens."""
+    total: torch.Tensor
+    """`[H, G, S]` sum of each row: one, less what a learned sink takes."""
+    sink: torch.Tensor
+    """`[H, G, S]` what a learned sink takes of each row: no token's, so no method's to lose."""
+    values: torch.Tensor
+    """`[H, N, Dv + 1]` float32 values with a column of ones, which sums the mass."""
+    output: torch.Tensor
+    """`[H, G, S, Dv]` the dense output."""
+
+    @classmethod
+    def of(cls, layer: LayerTensors, recording: Recording) -> _Scene:
+        """The scene of a recorded layer."""
+        prompt = recording.prompt_tokens
+        rows = attention_rows(
+            layer.queries[None, :, prompt:], layer.keys[None], layer.scaling, softcap=layer.softcap, sinks=layer.sinks
+        )[0]
+        values = F.pad(layer.values.float(), (0, 1), value=1.0)
+        dense = (rows.flatten(1, 2) @ values).view(*rows.shape[:3], -1)
+        return cls(
+            layer=layer,
+            num_layers=recording.trace.anatomy.num_layers,
+            acting=acting_layers(recording.trace.anatomy),
+            prompt=prompt,
+            rows=rows,
+            total=dense[..., -1],
+            sink=(1 - dense[..., -1]) * (layer.sinks is not None),
+            values=values,
+            output=dense[..., :-1],
+        )
+
+    @cached_property
+    def best_once(self) -> torch.Tensor:
+        """`[H, P]` the prompt's tokens, those with the most attention from all decoded tokens first."""
+        return self.rows[..., : self.prompt].sum((1, 2)).argsort(dim=-1, descending=True)
+
+    @cached_property
+    def best_mass(self) -> torch.Tensor:
+        """`[H, S, N + 1]` the most mass (mean over the group) any 0, 1, ... N tokens retain at a step."""
+        ordered = self.rows.mean(1).sort(dim=-1, descending=True).values
+        return F.pad(ordered.cumsum(-1), (1, 0))
+
+    def attend(self, gone: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mass on what is held and the values it sums, `[H, G, S]` and `[H, G, S, Dv]`, not yet made to sum to one."""
+        steps = self.rows.shape[2]
+        once = gone > 0
+        if bool((once == (gone >= steps)).all()):
+            seen = self.rows.flatten(1, 2) @ (self.values * once[..., None])
+        else:
+            held = gone[:, None] > torch.arange(steps, device=gone.device)[:, None]
+            seen = (self.rows * held[:, None]).flatten(1, 2) @ self.values
+        seen = seen.view(*self.rows.shape[:3], -1)
+        return seen[..., -1], seen[..., :-1]
+
+
+def _family(scene: _Scene, policies: Sequence[CachePolicy]) -> Iterator[_Replayed]:
+    """One method at each budget. Deciding at every step is many small operations, so its budgets go together."""
+    together = "decode" in policies[0].acts
+    gone = _gone(scene, policies) if together else torch.cat([_gone(scene, [policy]) for policy in policies])
+    for policy, each in zip(policies, gone, strict=True):
+        yield _replayed(scene, policy, each)
+
+
+def _replayed(scene: _Scene, policy: CachePolicy, gone: torch.Tensor) -> _Replayed:
+    steps = scene.rows.shape[2]
+    mass, seen = scene.attend(gone)
+    weight = mass + scene.sink
+    out = seen / weight.clamp(min=torch.finfo(weight.dtype).tiny)[..., None]
+    error = (out - scene.output).norm(dim=-1) / scene.output.norm(dim=-1)
+    kept = (gone[:, None] > torch.arange(steps, device=gone.device)[:, None]).sum(-1)
+    kept -= torch.arange(steps - 1, -1, -1, device=gone.device)  # tokens not decoded yet are not gone, but not held either
+    layer = scene.layer
+    a_token = (layer.keys.shape[-1] + layer.values.shape[-1]) * layer.keys.element_size()
+    return _Replayed(
+        mass_retained=(mass / scene.total).flatten(0, 1),
+        output_error=error.flatten(0, 1),
+        oracle_mass=_oracle(scene, policy, gone, kept) / scene.total.mean(1),
+        held_bytes=kept.sum(0) * a_token,
+        gone=gone,
+    )
+
+
+def _oracle(scene: _Scene, policy: CachePolicy, gone: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """`[H, S]` mass retained by the best kept set of as many tokens: see `Replay`."""
+    if "decode" in policy.acts:
+        return scene.best_mass.gather(2, kept[..., None])[..., 0]
+    chosen = torch.arange(scene.prompt, device=gone.device) < (gone[:, : scene.prompt] > 0).sum(-1, keepdim=True)
+    best = torch.full_like(gone, scene.rows.shape[2])
+    best[:, : scene.prompt].scatter_(1, scene.best_once, chosen.to(best.dtype) * scene.rows.shape[2])
+    return scene.attend(best)[0].mean(1)
+
+
+def _gone(scene: _Scene, policies: Sequence[CachePolicy]) -> torch.Tensor:
+    """`[B, H, N]` int32: the step from which on each token is not held any more, S if it stays.
+
+    `policies` is one method at B budgets, each a row of a batch: a policy reads its budget from the state's capacity.
+    """
+    layer, prompt, policy = scene.layer, scene.prompt, policies[0]
+    steps = scene.rows.shape[2]
+    num_heads, total, _ = layer.keys.shape
+    device = layer.keys.device
+    shares = [policy.allocate(prompt, len(scene.acting)) for policy in policies]
+    limits = [None if share is None else share[scene.acting.index(layer.layer)] for share in shares]
+    capacity = torch.tensor([total if limit is None else limit for limit in limits], device=device)
+    gone = torch.full((len(policies), num_heads, total), steps, dtype=torch.int32, device=device)
+    store = RectangularStore(with_mass=MASS in policy.needs)
+    for step in range(-1, steps if "decode" in policy.acts else 0):
+        token = slice(0, prompt) if step < 0 else slice(prompt + step, prompt + step + 1)
+        positions = torch.arange(token.start, token.stop, dtype=torch.int32, device=device).expand(len(policies), -1)
+        # The store evicts in place, so what it is given are copies.
+        keys, values = (tensor[None, :, token].repeat(len(policies), 1, 1, 1) for tensor in (layer.keys, layer.values))
+        store.append(keys, values, positions, has_padding=False)
+        if store.mass is not None:
+            store.mass.add_(layer.prompt_mass if step < 0 else _received(scene, step, store.positions))
+        _decide(scene, policy, store, capacity, token, gone, step + 1)
+    return gone
+
+
+def _received(scene: _Scene, step: int, positions: torch.Tensor) -> torch.Tensor:
+    """`[B, H, C]` attention of a decoded token over what is held at `positions` `[B, H, C]`, summed over the group."""
+    batch, group = positions.shape[0], scene.rows.shape[1]
+    held = (positions >= 0).unsqueeze(2)
+    index = positions.clamp(min=0).long().unsqueeze(2).expand(-1, -1, group, -1)
+    seen = scene.rows[None, :, :, step].expand(batch, -1, -1, -1).gather(3, index) * held
+    return (seen / (seen.sum(-1, keepdim=True) + scene.sink[:, :, step, None])).sum(2)
+
+
+def _decide(
+    scene: _Scene,
+    policy: CachePolicy,
+    store: RectangularStore,
+    capacity: torch.Tensor,
+    queries: slice,
+    gone: torch.Tensor,
+    step: int,
+) -> None:
+    """Lets the policy decide as the engine does, and notes in `gone` what it drops before a step."""
+    if all(held <= limit for held, limit in zip(store.held_by_row(), capacity.tolist(), strict=True)):
+        return
+    asked = scene.layer.queries[None, :, queries].expand(len(gone), -1, -1, -1) if QUERIES in policy.needs else None
+    state = LayerState(
+        keys=store.keys,
+        values=store.values,
+        positions=store.positions,
+        capacity=capacity,
+        scaling=scene.layer.scaling,
+        layer=scene.layer.layer,
+        num_layers=scene.num_layers,
+        phase="prefill" if step == 0 else "decode",
+        queries=asked,
+        mass=store.mass,
+    )
+    occupied = state.occupied
+    keep = policy.keep(state) & occupied
+    dropped = (~keep & occupied).nonzero(as_tuple=True)
+    if len(dropped[0]):
+        gone[dropped[0], dropped[1], state.positions[dropped].long()] = step
+        store.keep(keep)

@@ -1,0 +1,131 @@
+"""A recording: the trace of a dense run with the queries, keys and values of its layers, on which policies are replayed."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from workbench.errors import UserError
+from workbench.trace.trace import Trace
+
+_FILE = "recording.safetensors"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """One layer of a run over P prompt and S decoded tokens, N = P + S in all, as its attention saw them.
+
+    Shapes: Hq query heads, H kv heads, D head size, Dv value size.
+    """
+
+    layer: int
+    queries: torch.Tensor = field(repr=False)
+    """`[Hq, N, D]`, rotated."""
+    keys: torch.Tensor = field(repr=False)
+    """`[H, N, D]`, rotated."""
+    values: torch.Tensor = field(repr=False)
+    """`[H, N, Dv]`."""
+    prompt_mass: torch.Tensor = field(repr=False)
+    """`[H, P]` float32: attention each prompt token received from the prompt, summed over the query heads of a group."""
+    scaling: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = field(default=None, repr=False)
+    """`[Hq]` learned logits that take part in the softmax (GPT-OSS)."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        named = {name: getattr(self, name) for name in ("queries", "keys", "values", "prompt_mass", "sinks")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A dense run: its trace, and q, k, v of chosen layers. Made by `wb.record`."""
+
+    trace: Trace
+    layers: tuple[LayerTensors, ...]
+    prompt_tokens: int
+
+    @property
+    def steps(self) -> int:
+        """Decoded tokens: queries that came after the prompt."""
+        return self.tokens - self.prompt_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens recorded, prompt and decoded."""
+        return self.layers[0].keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors().values())
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a trace directory with `recording.safetensors` in it and returns its path. `Trace.load` opens it, too."""
+        directory = self.trace.save(path)
+        tensors = {
+            f"{layer.layer}.{name}": tensor.contiguous() for layer in self.layers for name, tensor in layer.tensors().items()
+        }
+        about = {
+            "format": _FORMAT,
+            "prompt_tokens": self.prompt_tokens,
+            "layers": [{"layer": layer.layer, "scaling": layer.scaling, "softcap": layer.softcap} for layer in self.layers],
+        }
+        temporary = directory / f"{_FILE}.tmp"
+        try:
+            save_file(tensors, temporary, metadata={"recording": json.dumps(about)})
+            os.replace(temporary, directory / _FILE)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"Cannot write {directory / _FILE} ({error}); choose another folder.") from None
+        return directory
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recording:
+        """Opens a directory `save` wrote, its tensors in main memory. Raises UserError if it is none, damaged or cut short."""
+        directory = Path(path)
+        trace = Trace.load(directory)
+        file = directory / _FILE
+        if not file.is_file():
+            raise UserError(
+                f"{directory} is a trace without tensors; make a recording with wb.record(lm, prompt).save(folder)."
+            )
+        try:
+            with safe_open(file, framework="pt") as opened:
+                about = json.loads((opened.metadata() or {})["recording"])
+                version = about["format"]
+                tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
+            if version == _FORMAT:
+                layers = tuple(_layer(entry, tensors) for entry in about["layers"])
+                return _fitting(cls(trace, layers, about["prompt_tokens"]))
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError):
+            raise UserError(f"{file} is damaged or cut short; record it again.") from None
+        raise UserError(f"{file} has format {version}, and this version reads format {_FORMAT}; record it again.")
+
+    def __repr__(self) -> str:
+        shape = f"{self.prompt_tokens} + {self.steps} tokens, {len(self.layers)} layers, {self.nbytes / 2**20:.1f} MiB"
+        return f"Recording({self.trace.anatomy.class_name}, {shape})"
+
+
+def _layer(entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LayerTensors:
+    prefix = f"{entry['layer']}."
+    return LayerTensors(**entry, **{name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+
+
+def _fitting(recording: Recording) -> Recording:
+    """The recording, if its tensors fit each other. Raises ValueError if not."""
+    tokens, prompt = recording.tokens, recording.prompt_tokens
+    for layer in recording.layers:
+        lengths = {layer.queries.shape[1], layer.keys.shape[1], layer.values.shape[1]}
+        if lengths != {tokens} or layer.prompt_mass.shape != (layer.keys.shape[0], prompt):
+            raise ValueError(f"layer {layer.layer} does not fit")
+    return recording

@@ -1,0 +1,122 @@
+"""A replay: what cache methods would have kept of a recorded run, and what that would have cost in attention. A value."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from workbench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one budget.
+
+    Shapes: L recorded layers, Hq query heads, H kv heads, S decoded tokens, N prompt and decoded tokens.
+    """
+
+    method: str
+    """What the method is called without its budget."""
+    budget: float
+    setup: str
+    mass_retained: np.ndarray = field(repr=False)
+    """`[L, Hq, S]` share of the attention of each decoded token that fell on tokens the method held."""
+    output_error: np.ndarray = field(repr=False)
+    """`[L, Hq, S]` distance of the head's output from the dense one, as a share of the dense one's length."""
+    oracle_mass: np.ndarray = field(repr=False)
+    """`[L, H, S]` mass retained, mean over the group's query heads, by the best kept set of as many tokens."""
+    held_bytes: np.ndarray = field(repr=False)
+    """`[L, S]` bytes of K and V held while each token was decoded, its own included."""
+    gone: np.ndarray = field(repr=False)
+    """`[L, H, N]` the step from which on a token was not held any more; S for a token held to the end."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What methods at several budgets would have kept of a recording. Made by `wb.replay`.
+
+    The decoded tokens' queries, keys and values are those of the dense run. A live run differs from it once its own
+    evictions change what later layers compute: at the decision at the end of the prompt, and in layer 0 at every step,
+    the kept sets are those of a live run led along the same tokens; further on they are a prediction.
+
+    The oracle knows the recorded attention. For a method that decides once, it keeps of the prompt the tokens with the
+    most attention from all decoded tokens together, as many in each kv head as the method did; averaged over steps, no
+    kept set of that size retains more. For a method that decides at every step, it chooses as many tokens as are held
+    anew at each step, which no policy can pass.
+    """
+
+    about: dict[str, Any]
+    """Model, layers, prompt tokens and steps."""
+    points: tuple[Point, ...]
+
+    def curves(self) -> pd.DataFrame:
+        """One row a method and budget, means over layers, heads and steps; `bytes` are those of the last step, summed."""
+        return pd.DataFrame(
+            [
+                {
+                    "method": point.method,
+                    "budget": point.budget,
+                    "mass_retained": float(point.mass_retained.mean()),
+                    "output_error": float(point.output_error.mean()),
+                    "bytes": int(point.held_bytes[:, -1].sum()),
+                    "oracle_mass": float(point.oracle_mass.mean()),
+                }
+                for point in self.points
+            ]
+        )
+
+    def table(self, method: str, budget: float) -> pd.DataFrame:
+        """One row a layer, query head and step; `kept` tokens, `bytes` and `oracle_mass` are of the kv head it reads."""
+        point = self.point(method, budget)
+        num_layers, num_q_heads, steps = point.mass_retained.shape
+        group = num_q_heads // point.gone.shape[1]
+        layer, head, step = np.indices((num_layers, num_q_heads, steps)).reshape(3, -1)
+        kept = np.stack([self._mask(point, number).sum(-1) for number in range(steps)], -1)  # [L, H, S]
+        a_token = point.held_bytes / kept.sum(1)
+        return pd.DataFrame(
+            {
+                "layer": np.array(self.about["layers"])[layer],
+                "head": head,
+                "step": step,
+                "kept": kept[layer, head // group, step],
+                "bytes": (kept * a_token[:, None]).round().astype(int)[layer, head // group, step],
+                "mass_retained": point.mass_retained.reshape(-1),
+                "output_error": point.output_error.reshape(-1),
+                "oracle_mass": point.oracle_mass[layer, head // group, step],
+            }
+        )
+
+    def kept(self, method: str, budget: float, layer: int, step: int) -> list[np.ndarray]:
+        """Positions held by each kv head of a layer when decoded token `step` attended, its own included."""
+        point = self.point(method, budget)
+        if layer not in self.about["layers"]:
+            raise UserError(f"Layer {layer} was not recorded; the layers here are {self.about['layers']}.")
+        if not 0 <= step < self.about["steps"]:
+            raise UserError(f"There is no step {step}; the decoded tokens are 0 to {self.about['steps'] - 1}.")
+        heads = self._mask(point, step)[self.about["layers"].index(layer)]
+        return [np.flatnonzero(head) for head in heads]
+
+    def point(self, method: str, budget: float) -> Point:
+        """A method at a budget. Raises UserError if it was not replayed."""
+        for point in self.points:
+            same_kind = isinstance(point.budget, int) == isinstance(budget, int)  # 1 token is not 1.0 of the prompt
+            if method in (point.method, point.setup) and same_kind and point.budget == budget:
+                return point
+        known = ", ".join(point.setup for point in self.points)
+        raise UserError(f"{method!r} at budget {budget} was not replayed; replayed are {known}.")
+
+    def _mask(self, point: Point, step: int) -> np.ndarray:
+        """`[L, H, N]` what is held at a step."""
+        written = np.arange(point.gone.shape[2]) <= self.about["prompt_tokens"] + step
+        return (point.gone > step) & written
+
+    def __repr__(self) -> str:
+        shape = f"{self.about['prompt_tokens']} + {self.about['steps']} tokens, {len(self.about['layers'])} layers"
+        return f"Replay({len(self.points)} setups on {self.about['model']}, {shape})"
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>{html.escape(repr(self))}</b></p>{self.curves().to_html(index=False)}"
