@@ -62,7 +62,7 @@ class Sizes:
     layers: tuple[int, int] = (2, 8)
     hidden_size: int = 1024
     tokens: tuple[int, ...] = (1, 128, 512, 1024)
-    seconds: float = 0.08
+    seconds: float = 0.05
 
 
 FULL = Sizes()
