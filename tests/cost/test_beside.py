@@ -28,7 +28,7 @@ RATES = Rates(
     attention={kind: flat(50.0, 2) for kind in ATTENTION},
     step_s=7.0,
     layer_s=3.0,
-    slowdown=flat(1.0),
+    slowdown=flat(1.0, 2),
 )
 SHEET = Hardware("this", "this", {"fp32": 100.0}, 1e9, 10**9, 2**16, (), rates={"fp32": RATES}, environment=environment())
 
@@ -62,7 +62,7 @@ def test_weights_come_no_faster_than_memory_gives_them():
 
 
 def test_pieces_are_slower_inside_a_model_and_overhead_is_what_it_was():
-    slow = replace(SHEET, rates={"fp32": replace(RATES, slowdown=Grid(((1.0, 3.0),), (1.0, 1.5)))})
+    slow = replace(SHEET, rates={"fp32": replace(RATES, slowdown=Grid(((1.0, 3.0), (4.0,)), (1.0, 1.5)))})
     plain, slower = (wb.predict(one_layer(), sheet, context=3, new_tokens=1).table for sheet in (SHEET, slow))
     ratio = slower["predicted_s"] / plain["predicted_s"]
     prefill, overhead = plain["phase"] == "prefill", plain["component"] == "overhead"

@@ -50,7 +50,7 @@ def eager_rows(trace: Trace, rates: Rates, experts: pd.DataFrame) -> pd.DataFram
     elements = moved["extra_bytes"] / (2 * anatomy.element_bytes)  # in and out
     parts.append(_rows(moved, moved["layer"], "cache", work.passing("copy", elements)))
     rows = pd.concat(parts, ignore_index=True)
-    slowdown = rows["step"].map(pd.Series(rates.slowdown(tokens), index=steps["step"]))
+    slowdown = rows["step"].map(pd.Series(rates.slowdown(tokens, anatomy.hidden_size), index=steps["step"]))
     rows["predicted_s"] *= slowdown.where(rows["component"] != "overhead", 1.0)
     return rows
 
@@ -108,11 +108,12 @@ def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, work: _W
         parts += [_rows(calls, layer.index, component, work.product(keys, each)) for each in linears if each.per_key]
     rotated = tokens * (attention.num_q_heads + attention.num_kv_heads) * attention.head_dim
     passes = _RESIDUALS * work.passing("add", tokens * work.anatomy.hidden_size) + work.passing("rotary", rotated)
+    activation = "gelu" if "gelu" in (work.anatomy.activation or "") else "silu"
     inner = [linear.in_features for linear in layer.linears if linear.component == "mlp"][-1:]
     if layer.experts is not None:
         inner.append(layer.experts.top_k * layer.experts.linears[-1].in_features)
     parts.append(
-        _rows(steps, layer.index, "elementwise", passes + sum(work.passing("activation", tokens * size) for size in inner))
+        _rows(steps, layer.index, "elementwise", passes + sum(work.passing(activation, tokens * size) for size in inner))
     )
     parts.append(_rows(steps, layer.index, "overhead", np.full(len(steps), work.rates.layer_s)))
     if len(calls):

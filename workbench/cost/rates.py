@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-PASSES = ("norm", "rotary", "activation", "add", "copy")
-"""Work on every element of a tensor, as eager code does it; `activation` is that of a gated MLP, product included."""
+PASSES = ("norm", "rotary", "silu", "gelu", "add", "copy")
+"""Work on every element of a tensor, as eager code does it; `silu` and `gelu` with the product of a gated MLP."""
 
 ATTENTION = ("causal", "masked", "blockwise", "eager", "cached", "decode")
 """Ways to attend. `causal` and `masked` are transformers' SDPA without and with a mask, `cached` is SDPA for one query;
@@ -64,8 +64,8 @@ class Rates:
     layer_s: float
     """The same for each decoder layer."""
     slowdown: Grid
-    """How much longer the pieces take inside a model than alone, by the tokens of a step: caches are cold and memory is
-    fresh there. Measured on a random model."""
+    """How much longer the pieces take inside a model than alone, by the tokens of a step and the hidden size: caches are
+    cold and memory is fresh there. Measured on random models."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready copy."""

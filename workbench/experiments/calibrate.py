@@ -9,6 +9,7 @@ calibration of a busy machine can be told from one that was left alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -43,7 +44,7 @@ _MIB = 2**20
 _SHORT = 16
 """Tokens before a decode step."""
 _LEAST_SLOWDOWN = 0.5
-_NO_SLOWDOWN = Grid(((1.0,),), (1.0,))
+_NO_SLOWDOWN = Grid(((1,), (1,)), (1.0,))
 _WORTH_USING = 1 / 8
 """A dtype whose products are slower than this share of float32's is emulated, and left out."""
 
@@ -60,9 +61,9 @@ class Sizes:
     queries: tuple[int, ...] = (64, 256, 1024)
     keys: tuple[int, ...] = (64, 512, 4096)
     layers: tuple[int, int] = (2, 8)
-    hidden_size: int = 1024
+    hidden_sizes: tuple[int, ...] = (128, 512, 1024)
     tokens: tuple[int, ...] = (1, 128, 512, 1024)
-    seconds: float = 0.08
+    seconds: float = 0.05
 
 
 FULL = Sizes()
@@ -70,7 +71,7 @@ FULL_GPU = Sizes(
     rows=(1, 16, 128, 1024, 8192),
     features=(256, 1024, 4096, 8192),
     queries=(64, 256, 1024, 4096),
-    hidden_size=2048,
+    hidden_sizes=(512, 2048, 4096),
     tokens=(1, 128, 1024, 4096),
     seconds=0.03,
 )
@@ -85,7 +86,7 @@ QUICK = Sizes(
     queries=(16,),
     keys=(16,),
     layers=(1, 2),
-    hidden_size=64,
+    hidden_sizes=(16, 64),
     tokens=(1, 8),
     seconds=0.0,
 )
@@ -235,7 +236,8 @@ class _Bench:
         features = min(elements, 1024)
         x, y = self._random(1, elements // features, features), self._random(1, elements // features, features)
         calls: dict[str, Callable[[], Any]] = {
-            "activation": lambda: F.silu(x) * y,
+            "silu": lambda: F.silu(x) * y,
+            "gelu": lambda: F.gelu(x, approximate="tanh") * y,
             "add": lambda: x + y,
             "copy": lambda: torch.cat([x, y[:, :0]], dim=1),
         }
@@ -289,14 +291,15 @@ class _Bench:
         return replace(rates, layer_s=layer_s, step_s=max(0.0, beside[0] - few * layer_s))
 
     def _with_slowdown(self, rates: Rates) -> Rates:
-        """Adds how much longer the pieces take inside a larger random model than alone."""
-        model = self._model(self.sizes.layers[0], self.sizes.hidden_size)
-        overhead = rates.step_s + self.sizes.layers[0] * rates.layer_s
+        """Adds how much longer the pieces take inside random models of several sizes than alone."""
+        num_layers = self.sizes.layers[0]
+        models = [self._model(num_layers, hidden_size) for hidden_size in self.sizes.hidden_sizes]
+        overhead = rates.step_s + num_layers * rates.layer_s
         factors = []
-        for tokens in self.sizes.tokens:
+        for tokens, model in itertools.product(self.sizes.tokens, models):
             measured = statistics.median(self._model_seconds(model, tokens)) - overhead
             factors.append(max(_LEAST_SLOWDOWN, measured / self._pieces(rates, model, tokens)))
-        return replace(rates, slowdown=Grid((tuple(map(float, self.sizes.tokens)),), tuple(factors)))
+        return replace(rates, slowdown=Grid((self.sizes.tokens, self.sizes.hidden_sizes), tuple(factors)))
 
     def _model_seconds(self, model: torch.nn.Module, tokens: int) -> list[float]:
         """Times of a prefill of `tokens`, or of a decode step where that is one."""

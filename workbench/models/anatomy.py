@@ -45,6 +45,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         layers=layers,
         final_norms=tuple(m.weight.numel() for m in model.modules() if _is_norm(m) and id(m) not in inside),
         lm_head=_linear("lm_head", head),
+        activation=_first(config, "hidden_activation", "hidden_act", "activation_function"),
     )
 
 

@@ -82,6 +82,8 @@ class Anatomy:
     layers: tuple[Layer, ...]
     final_norms: tuple[int, ...]
     lm_head: Linear
+    activation: str | None = None
+    """The MLP's activation, as the config names it."""
 
     @property
     def num_layers(self) -> int:
