@@ -306,12 +306,13 @@ def _run_threads(*jobs):
 
 
 def test_two_threads_may_call_one_profiled_model():
-    model = random_model("qwen3_moe")
+    model, modes = random_model("qwen3_moe"), []
 
     def call(length):
         with torch.no_grad():
             for _ in range(8):
                 model(ids(length))
+        modes.append(footprint(model)["modes"])
 
     with wb.profile(model) as clean:
         call(5), call(9)
@@ -323,7 +324,7 @@ def test_two_threads_may_call_one_profiled_model():
     for name, column in (("attention", "q_len"), ("routing", "tokens")):
         by_step = trace.table(name).groupby("step")[column].sum()
         assert all(by_step[step] == tokens[step] * (3 if column == "q_len" else 3 * 2) for step in tokens)
-    assert trace.flops() == clean.trace.flops() and trace.notes == []
+    assert trace.flops() == clean.trace.flops() and trace.notes == [] and modes == [0] * 4
 
 
 def test_two_threads_may_profile_one_model():

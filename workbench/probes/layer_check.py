@@ -24,6 +24,11 @@ from workbench.trace.anatomy import Anatomy
 
 _PLAIN = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
+_LESS = (
+    "Matrices of some layers did less than their sizes make: they did not run for every token, or by a kernel that torch "
+    "does not count; `unattributed` takes it off."
+)
+
 
 class LayerCheck:
     """Compares layers with their anatomy between `attach` and `detach`."""
@@ -86,7 +91,7 @@ class LayerCheck:
         if beyond:
             step.unattributed.append((self._names[block], beyond))
         if beyond < 0:
-            self._note("Matrices of some layers did not run for every token; `unattributed` takes off what they did not do.")
+            self._note(_LESS)
         self._conclude(self._kinds[layer], step.past > 0, beyond == 0 and layer not in step.unknown_attention)
 
     def _beyond_anatomy(self, step: Step, layer: int, counted: int) -> int:

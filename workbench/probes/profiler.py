@@ -311,6 +311,7 @@ class Profile:
             step.in_decoder = False
             return
         del self._steps[thread]
+        self._counts.clear()  # another thread may have ended the check of a layer that was running in this one
         if output is None:  # the call raised
             self._leave_unfinished(step)
             return
