@@ -14,11 +14,13 @@ import torch
 
 import workbench as wb
 from workbench.engine.policy import LayerState
+from workbench.probes.rotation import Rotation
 
 HEADS = {"MHA": (3, 3), "GQA": (6, 2), "MQA": (4, 1)}
 LENGTHS = (3, 13, 37)
 """Of two keys both are equally like their mean, a tie for KeyDiff, so three is the least."""
 BUDGETS = (1, 4, 9, 0.3, 0.75)
+FREQUENCIES, FUTURE = (1.0, 0.3, 0.05), 7
 
 
 def dot(a, b):
@@ -116,6 +118,49 @@ def streaming_llm(q, k, v, capacity, layer, num_layers):
     return [set(range(sinks)) | set(range(length - (capacity - sinks), length)) for _ in k]
 
 
+def turned(vector, angles):
+    """Elements i and i + 3 of six turned by `angles[i]`."""
+    x, y = vector[:3], vector[3:]
+    cos, sin = [math.cos(a) for a in angles], [math.sin(a) for a in angles]
+    return [a * c - b * s for a, b, c, s in zip(x, y, cos, sin, strict=True)] + [
+        b * c + a * s for a, b, c, s in zip(x, y, cos, sin, strict=True)
+    ]
+
+
+def expected_attention(q, k, v, capacity, layer, num_layers):
+    num_q_heads, num_kv_heads, length, dim = len(q), len(k), len(k[0]), 6
+    skipped = min(2, length - 1)
+    axes = [[float(i == j) for j in range(dim)] for i in range(dim)]
+    kept = []
+    for kv_head in range(num_kv_heads):
+        group = range(kv_head * num_q_heads // num_kv_heads, (kv_head + 1) * num_q_heads // num_kv_heads)
+        scores = dict.fromkeys(range(2, length), 0.0)
+        for head in group:
+            before = [turned(q[head][t], [-t * f for f in FREQUENCIES]) for t in range(skipped, length)]
+            mean = [sum(x[i] for x in before) / len(before) for i in range(dim)]
+            covariance = [
+                [sum((x[i] - mean[i]) * (x[j] - mean[j]) for x in before) / len(before) for j in range(dim)] for i in range(dim)
+            ]
+            columns = [[0.0] * dim for _ in range(dim)]  # of the averaged rotation R
+            for step in range(FUTURE):
+                for i in range(dim):
+                    for j, x in enumerate(turned(axes[i], [(length + step) * f for f in FREQUENCIES])):
+                        columns[i][j] += x / FUTURE
+            future = [sum(columns[i][j] * mean[i] for i in range(dim)) for j in range(dim)]
+            logits = []
+            for j in range(2, length):
+                key = k[kv_head][j]
+                back = [dot(columns[i], key) for i in range(dim)]  # R^T k
+                spread = sum(back[a] * covariance[a][b] * back[b] for a in range(dim) for b in range(dim))
+                logits.append(dot(key, future) / math.sqrt(dim) + spread / dim / 2)
+            if logits:
+                for j, weight in zip(range(2, length), softmax(logits), strict=True):
+                    scores[j] += weight / len(group) * math.sqrt(dot(v[kv_head][j], v[kv_head][j]))
+        sinks = set(range(min(2, capacity)))
+        kept.append(sinks | best(scores, capacity - len(sinks)))
+    return kept
+
+
 CASES = {
     "snapkv": (dict(window=5, kernel=3), snapkv),
     "pyramidkv": (dict(window=5, kernel=3, pooling="avg"), pyramidkv),
@@ -123,6 +168,7 @@ CASES = {
     "knorm": ({}, knorm),
     "keydiff": ({}, keydiff),
     "streaming-llm": ({}, streaming_llm),
+    "expected-attention": (dict(sinks=2, future=FUTURE), expected_attention),
 }
 
 
@@ -139,12 +185,13 @@ def test_kept_sets_equal_plain_loops(name, heads, length):
     keys, values = torch.randn(2, 2, num_kv_heads, length, dim, generator=generator).unbind(0)
     positions = torch.arange(length) - torch.tensor([length - each for each in lengths])[:, None]
     positions = positions.clamp(min=-1)[:, None].expand(2, num_kv_heads, length)
+    rotation = Rotation(torch.tensor(FREQUENCIES))
     for budget in BUDGETS:
         method = wb.METHODS[name](budget=budget, **knobs)
         shares = [method.allocate(each, 5) for each in lengths]
         for layer in (0, 2, 4):
             capacity = torch.tensor([share[layer] for share in shares])
-            state = LayerState(keys, values, positions, capacity, dim**-0.5, layer, 5, "prefill", queries)
+            state = LayerState(keys, values, positions, capacity, dim**-0.5, layer, 5, "prefill", queries, None, rotation)
             mask = method.keep(state)
             for row, each in enumerate(lengths):
                 promised = budget if isinstance(budget, int) else max(1, round(budget * each))

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, DynamicCache
 import workbench as wb
 from workbench.engine.policy import LayerState
 from workbench.methods import METHODS, describe, parse_method
+from workbench.probes.rotation import Rotation
 from workbench.testing import ids, random_gemma, random_llama
 
 EVICTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
@@ -320,6 +321,25 @@ def test_keydiff_worked_example():
     assert kept_of(keys, 1) == [3] and kept_of(keys, 3) == [0, 2, 3]
     lengths = torch.tensor([3, 0.2, 7, 40]).view(1, 1, 4, 1)
     assert kept_of(keys * lengths, 3) == [0, 2, 3]
+
+
+def test_expected_attention_of_one_repeated_query_is_its_attention():
+    """No spread and one future position: the query's own attention, without the sinks, times the norm of the value."""
+    torch.manual_seed(0)
+    rotation = Rotation(torch.tensor([1.0, 0.2]))
+    keys, values = torch.randn(1, 1, 30, 4), torch.randn(1, 1, 30, 4)
+    query = torch.randn(1, 2, 1, 4)
+    positions = torch.arange(30)[None]
+    queries = rotation.undone(query.expand(1, 2, 30, 4), -positions)  # rotated by each position
+    following = rotation.undone(query, torch.tensor([[-30]]))
+    seen = dataclasses.replace(state(keys=keys, queries=queries, scaling=0.5), values=values, rotation=rotation)
+    attention = (0.5 * following @ keys[:, :, 4:].transpose(-1, -2)).softmax(-1).mean(1)[0, 0]
+    order = (attention * values[0, 0, 4:].norm(dim=-1)).argsort(descending=True) + 4
+    for capacity in (4, 5, 9, 20):
+        method = wb.ExpectedAttention(budget=capacity, future=1)
+        for scale in (1, 7):  # all values times a number leave the set as it is
+            mask = method.keep(dataclasses.replace(seen, capacity=torch.tensor([capacity]), values=scale * values))
+            assert set(mask[0, 0].nonzero().flatten().tolist()) == {0, 1, 2, 3, *order[: capacity - 4].tolist()}
 
 
 def test_random_draws_evenly_and_anew_for_each_seed_layer_and_head():

@@ -15,9 +15,10 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from workbench.engine.call import Call
-from workbench.engine.policy import MASS, QUERIES, CachePolicy, LayerState
+from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
+from workbench.probes.rotation import Rotation, rotations
 from workbench.trace.anatomy import Anatomy
 from workbench_kernels.attention_rows import blockwise_attention
 from workbench_kernels.column_mass import column_mass, column_mass_flops
@@ -36,6 +37,7 @@ class EngineLayer(CacheLayerMixin):
         self.num_layers = anatomy.num_layers
         self.policy = policy
         self.call = call
+        self.rotation: Rotation | None = None
         self.store = RectangularStore(with_mass=policy is not None and MASS in policy.needs)
         self._seen = 0
         self._undecided = False
@@ -178,6 +180,7 @@ class EngineLayer(CacheLayerMixin):
             phase=self.call.phase,
             queries=query if QUERIES in self.policy.needs else None,
             mass=self.store.mass,
+            rotation=self.rotation,
         )
         flops, moved = self.policy.scoring_cost(state)
         if flops or moved:
@@ -204,10 +207,13 @@ class EngineLayer(CacheLayerMixin):
         return sum(tokens) * self.attention.cached_elements * self.store.keys.element_size()
 
 
-def engine_cache(anatomy: Anatomy, policy: CachePolicy | None, call: Call) -> Cache:
-    """A cache for a model, with the policy on the layers it may act on."""
+def engine_cache(model: nn.Module, anatomy: Anatomy, policy: CachePolicy | None, call: Call) -> Cache:
+    """A cache for a model, with the policy on the layers it may act on. Raises UserError if they lack what it needs."""
     acting = acting_layers(anatomy)
     layers = [EngineLayer(index, anatomy, policy if index in acting else None, call) for index in range(anatomy.num_layers)]
+    if policy is not None and ROTATION in policy.needs:
+        for index, rotation in rotations(model, acting).items():
+            layers[index].rotation = rotation
     return Cache(layers=layers)
 
 

@@ -34,7 +34,7 @@ def check_engine(model: nn.Module, anatomy: Anatomy) -> None:
         return
     ids = torch.arange(2, 2 + _LENGTH, device=model.device)[None] % anatomy.vocab_size
     call = Call(TraceWriter({}))
-    cache = engine_cache(anatomy, None, call)
+    cache = engine_cache(model, anatomy, None, call)
     given = []
     with unobserved():
         expected = model(input_ids=ids, use_cache=False).logits[0].float()

@@ -7,7 +7,9 @@ from typing import Protocol
 
 import torch
 
-QUERIES, MASS = "queries", "mass"
+from workbench.probes.rotation import Rotation
+
+QUERIES, MASS, ROTATION = "queries", "mass", "rotation"
 """What a method may need beyond keys, values and positions."""
 
 
@@ -36,6 +38,8 @@ class LayerState:
     """`[B, Hq, Q, D]` the queries of this call, rotated, if the method needs them; they belong to the last Q slots."""
     mass: torch.Tensor | None = None
     """`[B, H, N]` attention each token has received in its life, summed over the group's query heads, if needed."""
+    rotation: Rotation | None = None
+    """How the layer rotates queries and keys by position, if the method needs it."""
 
     @property
     def occupied(self) -> torch.Tensor:
@@ -53,7 +57,7 @@ class CachePolicy(Protocol):
 
     name: str
     needs: frozenset[str]
-    """Of `queries` and `mass`."""
+    """Of `queries`, `mass` and `rotation`."""
     acts: frozenset[str]
     """The phases after whose attention the method decides."""
 

@@ -96,7 +96,7 @@ class Session:
             "device_period_s": self._devices.period_s,
         }
         self._call = Call(TraceWriter(meta, Path(out) if out is not None else None), step=-1, importance=importance)
-        self._cache = engine_cache(lm.anatomy, self.setup.cache, self._call)
+        self._cache = engine_cache(lm.model, lm.anatomy, self.setup.cache, self._call)
         self._routing = RoutingProbe(lm.model)
         self._spans = SpanProbe(lm.model) if spans else None
         self._choices: list[tuple[int, list[Choice]]] = []
