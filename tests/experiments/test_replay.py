@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import workbench as wb
+from workbench.engine.policy import ROTATION
 from workbench.methods import METHODS
 from workbench.testing import ids, random_llama, random_model
 
 PROMPT, NEW = 40, 10
-EVICTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
+CACHE = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
+EVICTING = [cls for cls in CACHE if ROTATION not in cls.needs]
 
 
 def small(cls, budget=0.5):
@@ -168,3 +170,9 @@ def test_a_saved_recording_replays_the_same(recording, tmp_path):
 def test_misuse_is_one_sentence(recording, use, message):
     with pytest.raises(wb.UserError, match=message):
         use(recording)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CACHE if ROTATION in cls.needs], ids=lambda cls: cls.name)
+def test_a_method_that_needs_more_than_a_recording_holds_is_refused(recording, cls):
+    with pytest.raises(wb.UserError, match="which no recording holds; run it live"):
+        wb.replay(recording, [cls()], [0.5])

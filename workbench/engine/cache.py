@@ -211,10 +211,16 @@ def engine_cache(model: nn.Module, anatomy: Anatomy, policy: CachePolicy | None,
     """A cache for a model, with the policy on the layers it may act on. Raises UserError if they lack what it needs."""
     acting = acting_layers(anatomy)
     layers = [EngineLayer(index, anatomy, policy if index in acting else None, call) for index in range(anatomy.num_layers)]
+    _give_rotations(model, layers, policy)
+    return Cache(layers=layers)
+
+
+def _give_rotations(model: nn.Module, layers: list[EngineLayer], policy: CachePolicy | None) -> None:
+    """Tells the layers how their keys were rotated, if the policy needs to know."""
     if policy is not None and ROTATION in policy.needs:
+        acting = [layer.index for layer in layers if layer.attention.window is None]
         for index, rotation in rotations(model, acting).items():
             layers[index].rotation = rotation
-    return Cache(layers=layers)
 
 
 def acting_layers(anatomy: Anatomy) -> list[int]:
@@ -230,8 +236,9 @@ def allocate(anatomy: Anatomy, policy: CachePolicy | None, prompt_lengths: list[
     return {index: list(rows) for index, rows in zip(acting, zip(*bounded, strict=True), strict=True)} if bounded else {}
 
 
-def swap_policy(cache: Cache, policy: CachePolicy | None) -> None:
-    """Puts another policy in charge of every layer that has no sliding window."""
+def swap_policy(model: nn.Module, cache: Cache, policy: CachePolicy | None) -> None:
+    """Puts another policy in charge of every layer that has no sliding window. Raises UserError if they lack what it needs."""
+    _give_rotations(model, cache.layers, policy)
     for layer in cache.layers:
         if isinstance(layer, EngineLayer) and layer.attention.window is None:
             layer.swap(policy)

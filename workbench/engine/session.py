@@ -222,8 +222,8 @@ class Session:
             return
         writer = self._call.writer
         change = {"step": self._call.step + 1, "from": self.setup.label, "to": new.label}
+        swap_policy(self.lm.model, self._cache, new.cache)
         self.setup = new
-        swap_policy(self._cache, new.cache)
         self._set_capacity()
         writer.update_meta(swaps=[*writer.meta["swaps"], change])
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from workbench.engine.cache import acting_layers
-from workbench.engine.policy import MASS, QUERIES, CachePolicy, LayerState
+from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
 from workbench.methods.base import Budget, Method, parse_method
@@ -68,6 +68,8 @@ def _at_budgets(given: Method | str, budgets: list[Budget]) -> list[CacheMethod]
     method = parse_method(given) if isinstance(given, str) else given
     if not isinstance(method, CacheMethod):
         raise UserError(f"{given!r} has no budget to replay; give methods that evict, such as 'h2o' or wb.SnapKV(window=16).")
+    if ROTATION in method.needs:
+        raise UserError(f"{method.name!r} needs to know how the model rotates keys, which no recording holds; run it live.")
     return [dataclasses.replace(method, budget=budget) for budget in budgets]
 
 
