@@ -17,7 +17,7 @@ def test_notebook(path, tmp_path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs before committing"
     assert all(len(cell.source.splitlines()) <= 12 for cell in code), "cells are short"
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=400, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in code for output in cell.outputs if output.output_type in ("execute_result", "display_data")]
     kinds = {kind for output in shown for kind in output.data}
     assert {"text/html", "application/vnd.plotly.v1+json"} <= kinds
