@@ -3,7 +3,7 @@
 The shapes are synthetic and the code is the one models run: `F.linear`, transformers' norm, rotary positions and attention,
 the
 engine's attention. Every time is the shortest of several: other work on the machine only ever adds to it. What the pieces
-miss is measured on random models, by the median. The share of a core this process got is kept with the sheet, so that a
+miss is measured on random models. The share of a core this process got is kept with the sheet, so that a
 calibration of a busy machine can be told from one that was left alone.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -44,6 +43,7 @@ _MIB = 2**20
 _SHORT = 16
 """Tokens before a decode step."""
 _LEAST_SLOWDOWN = 0.5
+_LEAST_TIMES = 4
 _NO_SLOWDOWN = Grid(((1,), (1,)), (1.0,))
 _WORTH_USING = 1 / 8
 """A dtype whose products are slower than this share of float32's is emulated, and left out."""
@@ -192,17 +192,13 @@ class _Bench:
         return complete
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """Seconds of one call: the shortest of several."""
-        return min(self.times(call))
-
-    def times(self, call: Callable[[], Any]) -> list[float]:
-        """Seconds of several calls, after one that is not counted."""
+        """Seconds of one call: the shortest of several, after one that is not counted."""
         call()
         times = []
         until = time.perf_counter() + self.sizes.seconds
-        while len(times) < 3 or time.perf_counter() < until:
+        while len(times) < _LEAST_TIMES or time.perf_counter() < until:
             times.append(self._timed(call))
-        return times
+        return min(times)
 
     def _timed(self, call: Callable[[], Any]) -> float:
         if self.device.type != "cuda":
@@ -284,8 +280,7 @@ class _Bench:
         beside = []
         for num_layers in self.sizes.layers:
             model = self._model(num_layers, hidden_size=256)
-            measured = statistics.median(self._model_seconds(model, 1))
-            beside.append(measured - self._pieces(rates, model, 1))
+            beside.append(self._model_seconds(model, 1) - self._pieces(rates, model, 1))
         few, many = self.sizes.layers
         layer_s = max(0.0, (beside[1] - beside[0]) / (many - few))
         return replace(rates, layer_s=layer_s, step_s=max(0.0, beside[0] - few * layer_s))
@@ -297,18 +292,18 @@ class _Bench:
         overhead = rates.step_s + num_layers * rates.layer_s
         factors = []
         for tokens, model in itertools.product(self.sizes.tokens, models):
-            measured = statistics.median(self._model_seconds(model, tokens)) - overhead
+            measured = self._model_seconds(model, tokens) - overhead
             factors.append(max(_LEAST_SLOWDOWN, measured / self._pieces(rates, model, tokens)))
         return replace(rates, slowdown=Grid((self.sizes.tokens, self.sizes.hidden_sizes), tuple(factors)))
 
-    def _model_seconds(self, model: torch.nn.Module, tokens: int) -> list[float]:
-        """Times of a prefill of `tokens`, or of a decode step where that is one."""
+    def _model_seconds(self, model: torch.nn.Module, tokens: int) -> float:
+        """Seconds of a prefill of `tokens`, or of a decode step where that is one."""
         ids = torch.ones(1, max(tokens, _SHORT), dtype=torch.long, device=self.device)
         if tokens > 1:
-            return self.times(lambda: model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1))
+            return self.seconds(lambda: model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1))
         cache = DynamicCache(config=model.config)
         model(ids, past_key_values=cache)
-        return self.times(lambda: model(ids[:, :1], past_key_values=cache, logits_to_keep=1))
+        return self.seconds(lambda: model(ids[:, :1], past_key_values=cache, logits_to_keep=1))
 
     def _pieces(self, rates: Rates, model: torch.nn.Module, tokens: int) -> float:
         """Predicted seconds of the same without anything beside the pieces."""
