@@ -235,7 +235,7 @@ def test_h2o_mass_is_the_column_sum_of_eager_attention(tiny):
         attentions = lm.model(torch.tensor([[*prompt, *turn, 4]]), output_attentions=True).attentions
     for layer, attention in zip(session._cache.layers, attentions, strict=True):
         expected = attention.sum(2).unflatten(1, (2, 2)).sum(2)
-        torch.testing.assert_close(layer.store.mass, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer.store.side["mass"], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])

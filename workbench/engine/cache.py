@@ -15,7 +15,8 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from workbench.engine.call import Call
-from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState
+from workbench.engine.joint import divide, divides
+from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
 from workbench.probes.rotation import Rotation, rotations
@@ -38,8 +39,9 @@ class EngineLayer(CacheLayerMixin):
         self.policy = policy
         self.call = call
         self.rotation: Rotation | None = None
-        self.store = RectangularStore(with_mass=policy is not None and MASS in policy.needs)
+        self.store = RectangularStore(kept_beside(policy))
         self._seen = 0
+        self._scaling = 1.0
         self._undecided = False
         """Whether the policy came by a swap and has not had its say on what is held."""
 
@@ -106,7 +108,7 @@ class EngineLayer(CacheLayerMixin):
         asking = self.call.positions >= 0 if self.call.has_padding else None
         out, kernel = self._output(query, scaling, options)
         self.call.record_attention(self.index, self.attention, query.shape, self.store.length, kernel)
-        if self.store.mass is not None:
+        if self._observing and MASS in self.policy.needs:
             self._add_mass(query, scaling, asking, options)
         if observes(self.call.importance, query.shape[2]):
             mass, window = attention_mass(self.call.importance, query, self.store.keys, scaling, asking=asking, **options)
@@ -115,19 +117,22 @@ class EngineLayer(CacheLayerMixin):
         if self.attention.window is not None:
             self.store.keep_last(self.attention.window - 1)
         self._record("append", query.shape[0] * query.shape[2])
-        if self.policy is not None:
-            self._decide(query, scaling)
+        self._scaling = scaling
+        if self.index in self.call.capacity:
+            self._rule(query)
+        self._undecided = False
         return out.transpose(1, 2), None
 
     def swap(self, policy: CachePolicy | None) -> None:
         """Puts another policy in charge. It decides on what is held in the next call, even if it does not act in its phase.
 
         Accumulated attention goes on if both policies need it, starts at zero if only the new one does, and is freed
-        if that does not. Slots are put in the order of the text, since a method of prompts may look at a token's neighbours.
+        if that does not; other side state starts anew. Slots are put in the order of the text, since a method of prompts
+        may look at a token's neighbours.
         """
         self.store.sort()
         self.policy = policy
-        self.store.keep_mass(policy is not None and MASS in policy.needs)
+        self.store.replace_side(kept_beside(policy))
         self._undecided = True
 
     def clone(self, call: Call) -> EngineLayer:
@@ -155,33 +160,78 @@ class EngineLayer(CacheLayerMixin):
     def _add_mass(self, query: torch.Tensor, scaling: float, asking: torch.Tensor | None, options: dict) -> None:
         """Adds what each key received: a second pass over the scores, so that the output is the same without it."""
         batch, num_q_heads, num_queries, head_dim = query.shape
-        mass = column_mass(query, self.store.keys, scaling, asking=asking, **options)
-        self.store.mass.add_(mass.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2))
+        received = column_mass(query, self.store.keys, scaling, asking=asking, **options)
+        mass = self.store.side[MASS]
+        mass.add_(received.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2))
         flops = column_mass_flops(batch, num_q_heads, num_queries, self.store.length, head_dim)
-        self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * self.store.mass.nbytes)
+        self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * mass.nbytes)
 
-    def _decide(self, query: torch.Tensor, scaling: float) -> None:
-        capacity = self.call.capacity.get(self.index)
-        acts = self._undecided or self.call.phase in self.policy.acts
-        self._undecided = False
-        if capacity is None or not acts:
-            return
-        if all(held <= limit for held, limit in zip(self.store.held_by_row(), capacity, strict=True)):
-            return
-        self._record("due", 0)
-        state = LayerState(
-            keys=self.store.keys,
-            values=self.store.values,
-            positions=self.store.positions,
-            capacity=torch.tensor(capacity, device=query.device),
-            scaling=scaling,
+    @property
+    def _observing(self) -> bool:
+        """Whether the policy observes this call."""
+        return self.policy is not None and (self._undecided or self.call.phase in self.policy.observes)
+
+    def _rule(self, query: torch.Tensor) -> None:
+        """Lets the policy observe the call, and decide if it is its turn."""
+        policy, call = self.policy, self.call
+        dividing = policy.joint is not None and divides(call, policy, self._undecided)
+        observed = self._observe(query) if self._observing and (dividing if policy.joint else policy.side) else {}
+        if dividing:
+            divide(self, observed)
+        elif self._is_turn() and self.is_over():
+            self.decide(query)
+
+    def _is_turn(self) -> bool:
+        """Whether the policy acts after this call."""
+        call, every = self.call, self.policy.every
+        if self._undecided and every == 1:
+            return True
+        passed = call.since_prompt // every > (call.since_prompt - call.positions.shape[1]) // every
+        return passed and call.phase in self.policy.acts
+
+    def _limits(self) -> list[int] | None:
+        """Tokens each kv head may hold now, by row; None if there is no bound."""
+        call = self.call
+        if self.index not in call.capacity:
+            return None
+        return list(map(self.policy.grown, call.capacity[self.index], call.divided_at, call.seen))
+
+    def is_over(self) -> bool:
+        """Whether a kv head holds more than it may."""
+        return any(held > limit for held, limit in zip(self.store.held_by_row(), self._limits(), strict=True))
+
+    def _state(self, query: torch.Tensor | None) -> LayerState:
+        store, call, device = self.store, self.call, self.store.keys.device
+        return LayerState(
+            keys=store.keys,
+            values=store.values,
+            positions=store.positions,
+            capacity=torch.tensor(self._limits(), device=device),
+            scaling=self._scaling,
             layer=self.index,
             num_layers=self.num_layers,
-            phase=self.call.phase,
+            phase=call.phase,
             queries=query if QUERIES in self.policy.needs else None,
-            mass=self.store.mass,
+            mass=store.side.get(MASS),
             rotation=self.rotation,
+            side={name: store.side[name] for name in self.policy.side},
+            share=torch.tensor(call.capacity[self.index], device=device),
+            since_prompt=call.since_prompt,
         )
+
+    def _observe(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the policy observes; its side state is put beside K and V."""
+        state = self._state(query)
+        self._record("score", 0, *self.policy.observation_cost(state))
+        observed = self.policy.observe(state)
+        for name, tensor in state.side.items():
+            tensor.copy_(observed[name])
+        return observed
+
+    def decide(self, query: torch.Tensor | None) -> None:
+        """Asks the policy what stays and frees the rest."""
+        self._record("due", 0)
+        state = self._state(query)
         flops, moved = self.policy.scoring_cost(state)
         if flops or moved:
             self._record("score", 0, flops, moved)
@@ -200,8 +250,9 @@ class EngineLayer(CacheLayerMixin):
     def _nominal_bytes(self) -> int:
         """What the budget promises: K and V of as many tokens in each row and kv head as it allows."""
         tokens = self.call.seen
-        if self.index in self.call.capacity:
-            tokens = [min(seen, limit) for seen, limit in zip(tokens, self.call.capacity[self.index], strict=True)]
+        limits = self._limits()
+        if limits is not None:
+            tokens = list(map(min, tokens, limits))
         if self.attention.window is not None:
             tokens = [min(seen, self.attention.window - 1) for seen in tokens]
         return sum(tokens) * self.attention.cached_elements * self.store.keys.element_size()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from workbench.engine.cache import acting_layers
-from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState
+from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
 from workbench.methods.base import Budget, Method, parse_method
@@ -212,15 +212,15 @@ def _gone(scene: _Scene, policies: Sequence[CachePolicy]) -> torch.Tensor:
     limits = [None if share is None else share[scene.acting.index(layer.layer)] for share in shares]
     capacity = torch.tensor([total if limit is None else limit for limit in limits], device=device)
     gone = torch.full((len(policies), num_heads, total), steps, dtype=torch.int32, device=device)
-    store = RectangularStore(with_mass=MASS in policy.needs)
+    store = RectangularStore(kept_beside(policy))
     for step in range(-1, steps if "decode" in policy.acts else 0):
         token = slice(0, prompt) if step < 0 else slice(prompt + step, prompt + step + 1)
         positions = torch.arange(token.start, token.stop, dtype=torch.int32, device=device).expand(len(policies), -1)
         # The store evicts in place, so what it is given are copies.
         keys, values = (tensor[None, :, token].repeat(len(policies), 1, 1, 1) for tensor in (layer.keys, layer.values))
         store.append(keys, values, positions, has_padding=False)
-        if store.mass is not None:
-            store.mass.add_(layer.prompt_mass if step < 0 else _received(scene, step, store.positions))
+        if MASS in policy.needs:
+            store.side[MASS].add_(layer.prompt_mass if step < 0 else _received(scene, step, store.positions))
         _decide(scene, policy, store, capacity, token, gone, step + 1)
     return gone
 
@@ -257,7 +257,7 @@ def _decide(
         num_layers=scene.num_layers,
         phase="prefill" if step == 0 else "decode",
         queries=asked,
-        mass=store.mass,
+        mass=store.side.get(MASS),
     )
     occupied = state.occupied
     keep = policy.keep(state) & occupied
