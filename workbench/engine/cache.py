@@ -108,8 +108,8 @@ class EngineLayer(CacheLayerMixin):
         asking = self.call.positions >= 0 if self.call.has_padding else None
         out, kernel = self._output(query, scaling, options)
         self.call.record_attention(self.index, self.attention, query.shape, self.store.length, kernel)
-        if self._observing and MASS in self.policy.needs:
-            self._add_mass(query, scaling, asking, options)
+        if self.observing and MASS in self.policy.needs:
+            self.add_mass(query, scaling, asking=asking, **options)
         if observes(self.call.importance, query.shape[2]):
             mass, window = attention_mass(self.call.importance, query, self.store.keys, scaling, asking=asking, **options)
             spread = by_position(mass, self.store.positions, max(self.call.seen))
@@ -117,10 +117,7 @@ class EngineLayer(CacheLayerMixin):
         if self.attention.window is not None:
             self.store.keep_last(self.attention.window - 1)
         self._record("append", query.shape[0] * query.shape[2])
-        self._scaling = scaling
-        if self.index in self.call.capacity:
-            self._rule(query)
-        self._undecided = False
+        self.rule(query, scaling)
         return out.transpose(1, 2), None
 
     def swap(self, policy: CachePolicy | None) -> None:
@@ -157,29 +154,32 @@ class EngineLayer(CacheLayerMixin):
             return causal, "sdpa"
         return blockwise_attention(query, keys, values, scaling, **options), "blockwise"
 
-    def _add_mass(self, query: torch.Tensor, scaling: float, asking: torch.Tensor | None, options: dict) -> None:
+    @property
+    def observing(self) -> bool:
+        """Whether the policy observes this call."""
+        return self.policy is not None and (self._undecided or self.call.phase in self.policy.observes)
+
+    def add_mass(self, query: torch.Tensor, scaling: float, **options: Any) -> None:
         """Adds what each key received: a second pass over the scores, so that the output is the same without it."""
         batch, num_q_heads, num_queries, head_dim = query.shape
-        received = column_mass(query, self.store.keys, scaling, asking=asking, **options)
+        received = column_mass(query, self.store.keys, scaling, **options)
         mass = self.store.side[MASS]
         mass.add_(received.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2))
         flops = column_mass_flops(batch, num_q_heads, num_queries, self.store.length, head_dim)
         self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * mass.nbytes)
 
-    @property
-    def _observing(self) -> bool:
-        """Whether the policy observes this call."""
-        return self.policy is not None and (self._undecided or self.call.phase in self.policy.observes)
-
-    def _rule(self, query: torch.Tensor) -> None:
-        """Lets the policy observe the call, and decide if it is its turn."""
-        policy, call = self.policy, self.call
-        dividing = policy.joint is not None and divides(call, policy, self._undecided)
-        observed = self._observe(query) if self._observing and (dividing if policy.joint else policy.side) else {}
-        if dividing:
-            divide(self, observed)
-        elif self._is_turn() and self.is_over():
-            self.decide(query)
+    def rule(self, query: torch.Tensor, scaling: float) -> None:
+        """Lets the policy observe a call by its queries `[B, Hq, Q, D]`, and decide if it is its turn."""
+        undecided, self._scaling = self._undecided, scaling
+        if self.index in self.call.capacity:
+            dividing = self.policy.joint is not None and divides(self.call, self.policy, undecided)
+            wanted = dividing if self.policy.joint else bool(self.policy.side)
+            observed = self._observe(query) if wanted and self.observing else {}
+            if dividing:
+                divide(self, observed)
+            elif self._is_turn() and self.is_over():
+                self.decide(query)
+        self._undecided = False
 
     def _is_turn(self) -> bool:
         """Whether the policy acts after this call."""
@@ -217,6 +217,7 @@ class EngineLayer(CacheLayerMixin):
             side={name: store.side[name] for name in self.policy.side},
             share=torch.tensor(call.capacity[self.index], device=device),
             since_prompt=call.since_prompt,
+            dividing=query is None,
         )
 
     def _observe(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -228,8 +229,8 @@ class EngineLayer(CacheLayerMixin):
             tensor.copy_(observed[name])
         return observed
 
-    def decide(self, query: torch.Tensor | None) -> None:
-        """Asks the policy what stays and frees the rest."""
+    def decide(self, query: torch.Tensor | None = None) -> None:
+        """Asks the policy what stays and frees the rest; without the call's queries if layers have divided the budget."""
         self._record("due", 0)
         state = self._state(query)
         flops, moved = self.policy.scoring_cost(state)

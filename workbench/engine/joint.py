@@ -55,7 +55,7 @@ def divide(layer: EngineLayer, observed: dict[str, torch.Tensor]) -> None:
     call.divided_at = call.seen
     for each in reports:
         if each.layer.is_over():
-            each.layer.decide(None)
+            each.layer.decide()
 
 
 def resolve(

@@ -61,6 +61,8 @@ class LayerState:
     """`[B]` what `capacity` was when the budget was divided; the two differ only if a method lets it grow."""
     since_prompt: int = 0
     """Tokens each row has seen after its prompt, those of this call included."""
+    dividing: bool = False
+    """Whether layers decide because they have just divided the budget: then there are no queries, since other layers ran."""
 
     @property
     def occupied(self) -> torch.Tensor:
@@ -129,10 +131,7 @@ class CachePolicy(Protocol):
         ...
 
     def keep(self, state: LayerState) -> torch.Tensor:
-        """`[B, H, N]` bool: the tokens that stay.
-
-        When layers decide jointly, it is called without queries, since other layers have run in between.
-        """
+        """`[B, H, N]` bool: the tokens that stay."""
         ...
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from workbench.engine.cache import acting_layers
 from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
+from workbench.experiments.replay_layers import gone_by_layer, has_state
 from workbench.methods.base import Budget, Method, parse_method
 from workbench.methods.cache.base import CacheMethod
 from workbench.trace.recording import LayerTensors, Recording
@@ -45,8 +46,10 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     if not wanted or not families:
         raise UserError("There is nothing to replay: give at least one method and one budget.")
     with torch.no_grad():
+        stateful = [policy for family in families for policy in family if has_state(policy)]
+        states = {policy.label: gone_by_layer(recording, policy) for policy in stateful}
         layers = [
-            [result for family in families for result in _family(scene, family)]
+            [result for family in families for result in _family(scene, family, states)]
             for scene in (_Scene.of(layer, recording) for layer in recording.layers)
         ]
     points = []
@@ -162,10 +165,14 @@ class _Scene:
         return seen[..., -1], seen[..., :-1]
 
 
-def _family(scene: _Scene, policies: Sequence[CachePolicy]) -> Iterator[_Replayed]:
+def _family(scene: _Scene, policies: Sequence[CacheMethod], states: dict[str, dict[int, torch.Tensor]]) -> Iterator[_Replayed]:
     """One method at each budget. Deciding at every step is many small operations, so its budgets go together."""
-    together = "decode" in policies[0].acts
-    gone = _gone(scene, policies) if together else torch.cat([_gone(scene, [policy]) for policy in policies])
+    if policies[0].label in states:
+        gone = torch.stack([states[policy.label][scene.layer.layer] for policy in policies])
+    elif "decode" in policies[0].acts:
+        gone = _gone(scene, policies)
+    else:
+        gone = torch.cat([_gone(scene, [policy]) for policy in policies])
     for policy, each in zip(policies, gone, strict=True):
         yield _replayed(scene, policy, each)
 
