@@ -68,7 +68,7 @@ def test_a_method_swapped_in_decides_in_the_next_call(lm, cls):
     assert counts(session) == {16}
     assert session.physical_bytes < before
     session.generate(4, stop_at_end=False)
-    limits = [layer._limits()[0] for layer in session._cache.layers]
+    limits = [layer.limits()[0] for layer in session._cache.layers]
     assert counts(session) == ({sum(limits) / 3} if "decode" in method.acts else {20})
 
 

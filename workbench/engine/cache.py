@@ -189,7 +189,7 @@ class EngineLayer(CacheLayerMixin):
         passed = call.since_prompt // every > (call.since_prompt - call.positions.shape[1]) // every
         return passed and call.phase in self.policy.acts
 
-    def _limits(self) -> list[int] | None:
+    def limits(self) -> list[int] | None:
         """Tokens each kv head may hold now, by row; None if there is no bound."""
         call = self.call
         if self.index not in call.capacity:
@@ -198,7 +198,7 @@ class EngineLayer(CacheLayerMixin):
 
     def is_over(self) -> bool:
         """Whether a kv head holds more than it may."""
-        return any(held > limit for held, limit in zip(self.store.held_by_row(), self._limits(), strict=True))
+        return any(held > limit for held, limit in zip(self.store.held_by_row(), self.limits(), strict=True))
 
     def _state(self, query: torch.Tensor | None) -> LayerState:
         store, call, device = self.store, self.call, self.store.keys.device
@@ -206,7 +206,7 @@ class EngineLayer(CacheLayerMixin):
             keys=store.keys,
             values=store.values,
             positions=store.positions,
-            capacity=torch.tensor(self._limits(), device=device),
+            capacity=torch.tensor(self.limits(), device=device),
             scaling=self._scaling,
             layer=self.index,
             num_layers=self.num_layers,
@@ -251,7 +251,7 @@ class EngineLayer(CacheLayerMixin):
     def _nominal_bytes(self) -> int:
         """What the budget promises: K and V of as many tokens in each row and kv head as it allows."""
         tokens = self.call.seen
-        limits = self._limits()
+        limits = self.limits()
         if limits is not None:
             tokens = list(map(min, tokens, limits))
         if self.attention.window is not None:

@@ -45,7 +45,7 @@ def prefix_drops(importance: Sequence[np.ndarray], protected: int, target: int) 
         target: tokens to drop in all layers together.
     """
     sums = [np.cumsum(each, dtype=np.float64) for each in importance]
-    shares = [each / each[-1] for each in sums]
+    shares = [np.round(each / each[-1], 12) for each in sums]  # so that rounding alone opens no jump
 
     def drops(share: float) -> list[int]:
         return [max(len(each) - int(np.searchsorted(each, share)) - 1 - protected, 0) for each in shares]
