@@ -9,6 +9,7 @@ import torch
 
 import workbench as wb
 from workbench.engine.policy import LayerState
+from workbench.methods.cache.base import keep_top, recent, window_scores
 from workbench.methods.cache.budgets import adaptive, streaming, whole
 from workbench.methods.cache.duo_attention import _reach
 from workbench.probes.rotation import Rotation
@@ -66,8 +67,6 @@ def test_adakv_gives_equal_heads_equal_budgets(capacity):
 @pytest.mark.parametrize("seed", range(5))
 def test_adakv_retains_no_less_score_than_snapkv(seed):
     """Without a floor, at the same total."""
-    from workbench.methods.cache.base import recent, window_scores
-
     state = layer_state(20, seed=seed)
     windows = torch.tensor([6])
     scores = window_scores(state, windows, "max", 7).masked_fill(recent(state, windows), 0)
@@ -146,3 +145,17 @@ def test_padding_counts_for_nothing(tiny):
     for both, one in zip(together._cache.layers, alone._cache.layers, strict=True):
         counts = (both.store.positions[1] >= 0).sum(-1).tolist()
         assert counts == (one.store.positions[0] >= 0).sum(-1).tolist() and len(set(counts)) > 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_dropping_one_token_needs_no_sort_and_drops_the_same(seed):
+    """Scores with ties and infinities, empty slots: the lowest, of equal ones the last, as sorting would have it."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 3, (2, 3, 12), generator=generator).float()
+    scores[scores == 2] = torch.inf
+    occupied = torch.arange(12) >= torch.tensor([0, 4])[:, None, None].expand(2, 3, 1)
+    mask = keep_top(scores, torch.tensor([11, 7]), occupied)
+    for row, head in itertools.product(range(2), range(3)):
+        held = occupied[row, head].nonzero().flatten().tolist()
+        lowest = max(held, key=lambda slot: (-scores[row, head, slot].item(), slot))
+        assert mask[row, head].nonzero().flatten().tolist() == [slot for slot in held if slot != lowest]

@@ -53,9 +53,14 @@ def keep_top(scores: torch.Tensor, count: torch.Tensor, occupied: torch.Tensor) 
 
     Ties go to the earlier slot.
     """
+    count = count.view(len(count), -1, 1)
+    if bool((occupied.sum(-1, keepdim=True) == count + 1).all()):  # the usual case of a decode step, without a sort
+        lowest = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(~occupied, torch.inf)
+        last = scores.shape[-1] - 1 - lowest.flip(-1).argmin(-1, keepdim=True)
+        return occupied.scatter(-1, last, False)
     order = scores.masked_fill(~occupied, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
-    return (rank < count.view(len(count), -1, 1)) & occupied
+    return (rank < count) & occupied
 
 
 def recent(state: LayerState, count: torch.Tensor) -> torch.Tensor:
