@@ -34,6 +34,14 @@ def small(cls, budget):
     )
 
 
+def budget_held(session: wb.Session, cls) -> list[float]:
+    """Tokens each kv head holds, by layer: the same in each, or on average where they may differ."""
+    layers = session._cache.layers
+    if cls.ragged:
+        return [layer.store.held_tokens() / layer.attention.num_kv_heads for layer in layers]
+    return [layer.store.length for layer in layers]
+
+
 def kept(session: wb.Session, layer: int, head: int) -> set[int]:
     return set(session._cache.layers[layer].store.positions[0, head].tolist()) - {-1}
 
@@ -75,11 +83,11 @@ def test_budget_is_met_and_memory_is_freed(lm, cls, budget):
         shares = [session._call.capacity[layer][0] for layer in range(lm.anatomy.num_layers)]
     lost = cls is wb.CAKE and 40 in shares  # a layer cannot use more than the prompt, and CAKE shares that out only once
     assert sum(shares) == limit * lm.anatomy.num_layers or (lost and sum(shares) < limit * lm.anatomy.num_layers)
-    assert [layer.store.length for layer in session._cache.layers] == (shares if "prefill" in cls.acts else [40] * 3)
+    assert budget_held(session, cls) == (shares if "prefill" in cls.acts else [40] * 3)
     session.generate(20)
     now = [method.grown(share, 40, 60) for share in shares]
     if "decode" in cls.acts:
-        assert [layer.store.length for layer in session._cache.layers] == now
+        assert budget_held(session, cls) == now
     if "prefill" not in cls.acts:
         return
     cache = session.trace.table("cache").query("op == 'evict' and step == 0").groupby("layer").last().reindex(range(3))
@@ -166,7 +174,7 @@ def test_description_is_complete(cls):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nope", "no method named 'nope'.*Known: cake, dense"),
+        ("nope", "no method named 'nope'.*Known: .*dense"),
         ("snapk", "Did you mean 'snapkv'"),
         ("h2o:colour=3", "no knob 'colour'; its knobs are budget, recent"),
         ("dense:budget=0.5", "it has no knobs"),

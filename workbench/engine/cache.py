@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from workbench.engine.call import Call
 from workbench.engine.joint import divide, divides
 from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
+from workbench.engine.stores.ragged import RaggedStore
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
 from workbench.probes.rotation import Rotation, rotations
@@ -24,6 +25,7 @@ from workbench.trace.anatomy import Anatomy
 from workbench_kernels.attention_rows import blockwise_attention
 from workbench_kernels.column_mass import column_mass, column_mass_flops
 from workbench_kernels.decode_attention import decode_attention
+from workbench_kernels.ragged_decode_attention import ragged_decode_attention
 
 
 class EngineLayer(CacheLayerMixin):
@@ -39,7 +41,7 @@ class EngineLayer(CacheLayerMixin):
         self.policy = policy
         self.call = call
         self.rotation: Rotation | None = None
-        self.store = RectangularStore(kept_beside(policy))
+        self.store: RectangularStore | RaggedStore = RectangularStore(kept_beside(policy))
         self._seen = 0
         self._scaling = 1.0
         self._undecided = False
@@ -107,7 +109,8 @@ class EngineLayer(CacheLayerMixin):
         options = {"softcap": softcap, "sinks": s_aux, "occupied": self.store.occupied, "window": self.attention.window}
         asking = self.call.positions >= 0 if self.call.has_padding else None
         out, kernel = self._output(query, scaling, options)
-        self.call.record_attention(self.index, self.attention, query.shape, self.store.length, kernel)
+        slots = self.store.mean_length if kernel == "ragged" else self.store.length
+        self.call.record_attention(self.index, self.attention, query.shape, slots, kernel)
         if self.observing and MASS in self.policy.needs:
             self.add_mass(query, scaling, asking=asking, **options)
         if observes(self.call.importance, query.shape[2]):
@@ -128,6 +131,8 @@ class EngineLayer(CacheLayerMixin):
         may look at a token's neighbours.
         """
         self.store.sort()
+        if policy is not None and not policy.ragged:
+            self.store = self.store.rectangular()
         self.policy = policy
         self.store.replace_side(kept_beside(policy))
         self._undecided = True
@@ -140,9 +145,11 @@ class EngineLayer(CacheLayerMixin):
 
     def _output(self, query: torch.Tensor, scaling: float, options: dict) -> tuple[torch.Tensor, str]:
         """Attention output `[B, Hq, Q, Dv]` and the kernel that computed it, which no method has a say in."""
-        keys, values, occupied = self.store.keys, self.store.values, options["occupied"]
         num_queries, window = query.shape[2], options["window"]
         plain = options["softcap"] is None and options["sinks"] is None
+        if plain and num_queries == 1 and isinstance(self.store, RaggedStore):
+            return ragged_decode_attention(query, *self.store.flat, scaling, longest=self.store.length), "ragged"
+        keys, values, occupied = self.store.keys, self.store.values, options["occupied"]
         if plain and num_queries == 1:
             seen = slice(0 if window is None else -window, None)
             occupied = None if occupied is None else occupied[:, :, seen]
@@ -163,8 +170,8 @@ class EngineLayer(CacheLayerMixin):
         """Adds what each key received: a second pass over the scores, so that the output is the same without it."""
         batch, num_q_heads, num_queries, head_dim = query.shape
         received = column_mass(query, self.store.keys, scaling, **options)
-        mass = self.store.side[MASS]
-        mass.add_(received.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2))
+        mass = self.store.side[MASS] + received.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2)
+        self.store.put_side(MASS, mass)
         flops = column_mass_flops(batch, num_q_heads, num_queries, self.store.length, head_dim)
         self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * mass.nbytes)
 
@@ -197,25 +204,26 @@ class EngineLayer(CacheLayerMixin):
         return list(map(self.policy.grown, call.capacity[self.index], call.divided_at, call.seen))
 
     def is_over(self) -> bool:
-        """Whether a kv head holds more than it may."""
-        return any(held > limit for held, limit in zip(self.store.held_by_row(), self.limits(), strict=True))
+        """Whether more is held than the policy may keep."""
+        return not within(self.store, self.policy, self.limits(), self.attention.num_kv_heads)
 
     def _state(self, query: torch.Tensor | None) -> LayerState:
-        store, call, device = self.store, self.call, self.store.keys.device
+        store, call, keys = self.store, self.call, self.store.keys
+        side = store.side
         return LayerState(
-            keys=store.keys,
+            keys=keys,
             values=store.values,
             positions=store.positions,
-            capacity=torch.tensor(self.limits(), device=device),
+            capacity=torch.tensor(self.limits(), device=keys.device),
             scaling=self._scaling,
             layer=self.index,
             num_layers=self.num_layers,
             phase=call.phase,
             queries=query if QUERIES in self.policy.needs else None,
-            mass=store.side.get(MASS),
+            mass=side.get(MASS),
             rotation=self.rotation,
-            side={name: store.side[name] for name in self.policy.side},
-            share=torch.tensor(call.capacity[self.index], device=device),
+            side={name: side[name] for name in self.policy.side},
+            share=torch.tensor(call.capacity[self.index], device=keys.device),
             since_prompt=call.since_prompt,
             dividing=query is None,
         )
@@ -225,8 +233,8 @@ class EngineLayer(CacheLayerMixin):
         state = self._state(query)
         self._record("score", 0, *self.policy.observation_cost(state))
         observed = self.policy.observe(state)
-        for name, tensor in state.side.items():
-            tensor.copy_(observed[name])
+        for name in state.side:
+            self.store.put_side(name, observed[name])
         return observed
 
     def decide(self, query: torch.Tensor | None = None) -> None:
@@ -240,6 +248,8 @@ class EngineLayer(CacheLayerMixin):
         dropped = torch.where(keep, -1, state.positions)
         num_dropped = int((dropped >= 0).sum())
         if num_dropped:
+            if self.policy.ragged and isinstance(self.store, RectangularStore):
+                self.store = RaggedStore.of(self.store)
             moved = self.store.keep(keep)
             self._record("evict", num_dropped, 0, moved)
             self.call.record_evictions(self.index, dropped)
@@ -256,7 +266,14 @@ class EngineLayer(CacheLayerMixin):
             tokens = list(map(min, tokens, limits))
         if self.attention.window is not None:
             tokens = [min(seen, self.attention.window - 1) for seen in tokens]
-        return sum(tokens) * self.attention.cached_elements * self.store.keys.element_size()
+        return sum(tokens) * self.attention.cached_elements * self.store.element_bytes
+
+
+def within(store: RectangularStore | RaggedStore, policy: CachePolicy, capacity: list[int], num_kv_heads: int) -> bool:
+    """Whether no row holds more than its capacity: in any kv head, or, if the policy is ragged, on average over them."""
+    if policy.ragged:
+        return all(held <= num_kv_heads * limit for held, limit in zip(store.total_by_row(), capacity, strict=True))
+    return all(held <= limit for held, limit in zip(store.held_by_row(), capacity, strict=True))
 
 
 def engine_cache(model: nn.Module, anatomy: Anatomy, policy: CachePolicy | None, call: Call) -> Cache:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
-from workbench.engine.cache import acting_layers
+from workbench.engine.cache import acting_layers, within
 from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
@@ -27,6 +28,9 @@ from workbench.trace.recording import LayerTensors, Recording
 from workbench.trace.replay import Point, Replay
 from workbench_kernels.attention_rows import attention_rows
 
+KEPT_BYTES = 512 * 2**20
+"""Most bytes of attention rows that stay with a recording for the next replay of it; more are computed anew."""
+
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -34,7 +38,8 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     """Replays methods at budgets on a recording.
 
     Args:
-        recording: made by `wb.record`. Its decoded tokens' attention rows, `[Hq, S, N]` float32, are held a layer at a time.
+        recording: made by `wb.record`. Its decoded tokens' attention rows, `[Hq, S, N]` float32 a layer, stay with it up to
+            512 MiB, so that the next replay only decides anew; beyond that they are held a layer at a time.
         methods: methods, or their text form such as `snapkv:window=16`; their own budget does not matter.
         budgets: fractions of the prompt, or tokens a kv head.
 
@@ -48,10 +53,10 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     with torch.no_grad():
         stateful = [policy for family in families for policy in family if has_state(policy)]
         states = {policy.label: gone_by_layer(recording, policy) for policy in stateful}
-        layers = [
-            [result for family in families for result in _family(scene, family, states)]
-            for scene in (_Scene.of(layer, recording) for layer in recording.layers)
-        ]
+    layers = _side_by_side(
+        lambda layer: [result for family in families for result in _family(_scene(recording, layer), family, states)],
+        recording.layers,
+    )
     points = []
     for number, policy in enumerate(itertools.chain.from_iterable(families)):
         parts = [results[number] for results in layers]
@@ -64,6 +69,35 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
         "steps": recording.steps,
     }
     return Replay(about, tuple(points))
+
+
+def _side_by_side(work: Callable[[LayerTensors], list[_Replayed]], layers: Sequence[LayerTensors]) -> list[list[_Replayed]]:
+    """Does the work on every layer: on a CPU one layer a thread, since the operations are too small to be divided."""
+    threads = torch.get_num_threads()
+    workers = min(threads, len(layers)) if layers[0].keys.device.type == "cpu" else 1
+
+    def apart(layer: LayerTensors) -> list[_Replayed]:
+        with torch.no_grad():
+            return work(layer)
+
+    if workers == 1:
+        return [apart(layer) for layer in layers]
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(apart, layers))
+    finally:
+        torch.set_num_threads(threads)  # part of the setting is the process's, not the thread's
+
+
+def _scene(recording: Recording, layer: LayerTensors) -> _Scene:
+    """The scene of a recorded layer, which stays with the recording if there is room for all of them."""
+    known = recording.derived.get(layer.layer)
+    if isinstance(known, _Scene):
+        return known
+    scene = _Scene.of(layer, recording)
+    if scene.rows.nbytes * len(recording.layers) <= KEPT_BYTES:
+        recording.derived[layer.layer] = scene
+    return scene
 
 
 def _at_budgets(given: Method | str, budgets: list[Budget]) -> list[CacheMethod]:
@@ -142,9 +176,16 @@ class _Scene:
         )
 
     @cached_property
-    def best_once(self) -> torch.Tensor:
-        """`[H, P]` the prompt's tokens, those with the most attention from all decoded tokens first."""
-        return self.rows[..., : self.prompt].sum((1, 2)).argsort(dim=-1, descending=True)
+    def best_mass_once(self) -> torch.Tensor:
+        """`[H, S, P + 1]` the most mass a set of 0, 1, ... P of the prompt's tokens retains over all steps, at each of them.
+
+        Mean over the group; what the decoded tokens receive, which all stay, is included.
+        """
+        rows = self.rows.mean(1)
+        prompt = rows[..., : self.prompt]
+        order = prompt.sum(1, keepdim=True).argsort(dim=-1, descending=True)
+        decoded = rows[..., self.prompt :].sum(-1, keepdim=True)
+        return F.pad(prompt.gather(2, order.expand_as(prompt)).cumsum(-1), (1, 0)) + decoded
 
     @cached_property
     def best_mass(self) -> torch.Tensor:
@@ -200,10 +241,8 @@ def _oracle(scene: _Scene, policy: CachePolicy, gone: torch.Tensor, kept: torch.
     """`[H, S]` mass retained by the best kept set of as many tokens: see `Replay`."""
     if "decode" in policy.acts:
         return scene.best_mass.gather(2, kept[..., None])[..., 0]
-    chosen = torch.arange(scene.prompt, device=gone.device) < (gone[:, : scene.prompt] > 0).sum(-1, keepdim=True)
-    best = torch.full_like(gone, scene.rows.shape[2])
-    best[:, : scene.prompt].scatter_(1, scene.best_once, chosen.to(best.dtype) * scene.rows.shape[2])
-    return scene.attend(best)[0].mean(1)
+    chosen = (gone[:, : scene.prompt] > 0).sum(-1)[:, None, None].expand(-1, scene.rows.shape[2], 1)
+    return scene.best_mass_once.gather(2, chosen)[..., 0]
 
 
 def _gone(scene: _Scene, policies: Sequence[CachePolicy]) -> torch.Tensor:
@@ -251,7 +290,7 @@ def _decide(
     step: int,
 ) -> None:
     """Lets the policy decide as the engine does, and notes in `gone` what it drops before a step."""
-    if all(held <= limit for held, limit in zip(store.held_by_row(), capacity.tolist(), strict=True)):
+    if within(store, policy, capacity.tolist(), gone.shape[1]):
         return
     asked = scene.layer.queries[None, :, queries].expand(len(gone), -1, -1, -1) if QUERIES in policy.needs else None
     state = LayerState(
@@ -271,4 +310,5 @@ def _decide(
     dropped = (~keep & occupied).nonzero(as_tuple=True)
     if len(dropped[0]):
         gone[dropped[0], dropped[1], state.positions[dropped].long()] = step
-        store.keep(keep)
+        if "decode" in policy.acts:  # otherwise nothing reads the store again
+            store.keep(keep)
