@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from workbench.engine.call import Call
+from workbench.engine.call import Call, Waiting
 from workbench.engine.joint import divide, divides
 from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.ragged import RaggedStore
@@ -111,8 +111,6 @@ class EngineLayer(CacheLayerMixin):
         out, kernel = self._output(query, scaling, options)
         slots = self.store.mean_length if kernel == "ragged" else self.store.length
         self.call.record_attention(self.index, self.attention, query.shape, slots, kernel)
-        if self.observing and MASS in self.policy.needs:
-            self.add_mass(query, scaling, asking=asking, **options)
         if observes(self.call.importance, query.shape[2]):
             mass, window = attention_mass(self.call.importance, query, self.store.keys, scaling, asking=asking, **options)
             spread = by_position(mass, self.store.positions, max(self.call.seen))
@@ -120,8 +118,22 @@ class EngineLayer(CacheLayerMixin):
         if self.attention.window is not None:
             self.store.keep_last(self.attention.window - 1)
         self._record("append", query.shape[0] * query.shape[2])
-        self.rule(query, scaling)
+        if self.policy is not None and self.waits(query, options):
+            self.call.waiting = [*self.call.waiting, Waiting(self, query, scaling)]
+        elif self.policy is not None:
+            self.finish(query, scaling, asking=asking, **options)
         return out.transpose(1, 2), None
+
+    def waits(self, query: torch.Tensor, options: dict) -> bool:
+        """Whether the policy decides once all layers have run: at a decode step of plain attention, if it is rowwise."""
+        plain = options["softcap"] is None and options["sinks"] is None and isinstance(self.store, RectangularStore)
+        return plain and self.policy.rowwise and self.call.phase == "decode" and query.shape[2] == 1
+
+    def finish(self, query: torch.Tensor, scaling: float, **options: Any) -> None:
+        """What follows a call's attention: the policy observes it and decides, if it is its turn."""
+        if self.observing and MASS in self.policy.needs:
+            self.add_mass(query, scaling, **{"occupied": self.store.occupied, **options})
+        self.rule(query, scaling)
 
     def swap(self, policy: CachePolicy | None) -> None:
         """Puts another policy in charge. It decides on what is held in the next call, even if it does not act in its phase.
@@ -203,6 +215,10 @@ class EngineLayer(CacheLayerMixin):
             return None
         return list(map(self.policy.grown, call.capacity[self.index], call.divided_at, call.seen))
 
+    def shares(self) -> list[int]:
+        """What the budget gave each row when it was divided."""
+        return self.call.capacity[self.index]
+
     def is_over(self) -> bool:
         """Whether more is held than the policy may keep."""
         return not within(self.store, self.policy, self.limits(), self.attention.num_kv_heads)
@@ -223,7 +239,7 @@ class EngineLayer(CacheLayerMixin):
             mass=side.get(MASS),
             rotation=self.rotation,
             side={name: side[name] for name in self.policy.side},
-            share=torch.tensor(call.capacity[self.index], device=keys.device),
+            share=torch.tensor(self.shares(), device=keys.device),
             since_prompt=call.since_prompt,
             dividing=query is None,
         )
@@ -246,13 +262,15 @@ class EngineLayer(CacheLayerMixin):
             self._record("score", 0, flops, moved)
         keep = self.policy.keep(state) & state.occupied
         dropped = torch.where(keep, -1, state.positions)
-        num_dropped = int((dropped >= 0).sum())
-        if num_dropped:
+        if bool((dropped >= 0).any()):
             if self.policy.ragged and isinstance(self.store, RectangularStore):
                 self.store = RaggedStore.of(self.store)
-            moved = self.store.keep(keep)
-            self._record("evict", num_dropped, 0, moved)
-            self.call.record_evictions(self.index, dropped)
+            self._evicted(dropped, self.store.keep(keep))
+
+    def _evicted(self, dropped: torch.Tensor, moved: int) -> None:
+        """Records an eviction: `dropped` `[B, H, N]` positions, -1 for what stays, and the bytes moved."""
+        self._record("evict", int((dropped >= 0).sum()), 0, moved)
+        self.call.record_evictions([self.index], dropped)
 
     def _record(self, op: str, op_tokens: int, extra_flops: int = 0, extra_bytes: int = 0) -> None:
         row = (op, op_tokens, self.store.held_tokens(), self.store.nbytes, self._nominal_bytes(), extra_flops, extra_bytes)

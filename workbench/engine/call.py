@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from workbench.trace.anatomy import Attention
@@ -12,7 +14,21 @@ from workbench.trace.pairs import causal_pairs
 from workbench.trace.store import TraceWriter
 
 if TYPE_CHECKING:
+    from workbench.engine.cache import EngineLayer
     from workbench.engine.joint import Report
+
+_MANY_ROWS = 256
+"""From here on rows are written as columns, which a prompt's evictions need and a decode step's do not."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A layer that has attended and not decided."""
+
+    layer: EngineLayer
+    query: torch.Tensor
+    """`[B, Hq, 1, D]`."""
+    scaling: float
 
 
 @dataclass
@@ -35,6 +51,8 @@ class Call:
     """Tokens each row had seen when the capacity was resolved."""
     reports: list[Report] = field(default_factory=list)
     """What layers have reported in this call, until the last one has."""
+    waiting: list[Waiting] = field(default_factory=list)
+    """Layers that leave the decision on this call until all layers have run."""
     importance: str = "off"
     masses: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
     """Layer, attention mass by position `[B, Hq, seen]` and observed queries, until the session writes them."""
@@ -57,9 +75,14 @@ class Call:
         kind = "causal" if window is None else "sliding"
         self.writer.add("attention", self.step, layer, batch, num_queries, read, kept, pairs, kernel, kind)
 
-    def record_evictions(self, layer: int, dropped: torch.Tensor) -> None:
-        """Writes one row a dropped token. `dropped` `[B, H, N]` holds their positions, -1 elsewhere."""
+    def record_evictions(self, layers: Sequence[int], dropped: torch.Tensor) -> None:
+        """Writes one row a dropped token. `dropped` `[L B, H, N]` holds their positions by layer and row, -1 elsewhere."""
         gone = dropped.ge(0)
-        rows, heads, _ = (index.tolist() for index in gone.nonzero(as_tuple=True))
-        where = zip(rows, heads, dropped[gone].tolist(), strict=True)
-        self.writer.extend("evictions", ((self.step, row, layer, head, position, -1) for row, head, position in where))
+        numbers, heads, _ = (index.cpu().numpy() for index in gone.nonzero(as_tuple=True))
+        which, rows = np.divmod(numbers, len(dropped) // len(layers))
+        columns = rows, np.asarray(layers)[which], heads, dropped[gone].cpu().numpy()
+        if len(rows) > _MANY_ROWS:
+            self.writer.add_columns("evictions", self.step, *columns, -1)
+            return
+        for where in zip(*(column.tolist() for column in columns), strict=True):
+            self.writer.add("evictions", self.step, *where, -1)

@@ -90,6 +90,9 @@ class CachePolicy(Protocol):
     """The phases after whose attention the method decides."""
     ragged: bool
     """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
+    rowwise: bool
+    """Whether it looks at one row at a time and, of what differs between layers, at capacity, K, V, queries and side state
+    alone: then the decode-time decisions of all layers may be made in one go, their rows as the rows of one batch."""
     side: Mapping[str, Side]
     """What it keeps for each token beside K and V."""
     observes: frozenset[str]

@@ -22,6 +22,7 @@ from workbench.engine.cache import allocate, engine_cache, swap_policy
 from workbench.engine.call import Call
 from workbench.engine.check import check_engine
 from workbench.engine.setup import Method, Setup
+from workbench.engine.together import decide_together
 from workbench.errors import UserError
 from workbench.models.anatomy import accepts_logits_to_keep
 from workbench.probes.attention import attention_configs
@@ -314,12 +315,15 @@ class Session:
         self._devices.start()
         with engine_attention(self._configs):
             probes = [self._routing, *([self._spans] if self._spans else [])]
+            # first of the model's hooks, so that whoever observes the call sees the cache as it leaves it
+            deciding = self.lm.model.register_forward_hook(lambda *_: decide_together(self._call), prepend=True)
             try:
                 for probe in probes:
                     probe.attach()
                 yield
             finally:
                 self._devices.pause()
+                deciding.remove()
                 for probe in probes:
                     probe.detach()
 

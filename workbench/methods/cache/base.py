@@ -27,6 +27,7 @@ class CacheMethod(Method):
     slot: ClassVar[str] = "cache"
     needs: ClassVar[frozenset[str]] = frozenset()
     acts: ClassVar[frozenset[str]] = PREFILL_ONLY
+    rowwise: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
     """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
     side: ClassVar[Mapping[str, Side]] = {}
