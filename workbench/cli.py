@@ -20,7 +20,9 @@ from workbench.errors import UserError
 
 if TYPE_CHECKING:
     from workbench.cost.roofline import Prediction
+    from workbench.trace.check import Check
     from workbench.trace.comparison import Comparison
+    from workbench.trace.replay import Replay
 
 app = typer.Typer(
     add_completion=False,
@@ -31,6 +33,16 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to standard output.")]
 Model = Annotated[str, typer.Option(help="A built-in model, gemma-3-270m, a directory or a hub id.")]
+Methods = Annotated[
+    list[str] | None, typer.Option("--methods", "--method", help="NAME:knob=value,… of each, separated by spaces.")
+]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option("--budgets", "--budget", help="Shares of the prompt (0.2) or tokens (128), separated by spaces."),
+]
+
+_LISTS = ("--methods", "--budgets", "--contexts")
+"""Options that take all values up to the next option."""
 
 DEMO_METHODS = ("streaming-llm", "h2o", "snapkv")
 DEMO_BUDGETS = (0.75, 0.5, 0.2)
@@ -47,7 +59,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
-        app([argument for argument in arguments if argument != "--debug"])
+        app(_listed([argument for argument in arguments if argument != "--debug"]))
     except UserError as error:
         if debug:
             raise
@@ -59,6 +71,19 @@ def main() -> None:
         kind = type(error).__name__
         _err.print(f"[red]Failed:[/red] {kind}: {escape(str(error))} Run again with --debug for the traceback.", soft_wrap=True)
         raise SystemExit(1) from None
+
+
+def _listed(arguments: list[str]) -> list[str]:
+    """`--methods a b` as `--methods a --methods b`, which is how the parser takes several values."""
+    spread: list[str] = []
+    option = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            option = argument if argument in _LISTS else None
+            spread += [] if option else [argument]
+        else:
+            spread += [option, argument] if option else [argument]
+    return spread
 
 
 @app.command()
@@ -226,20 +251,22 @@ def hardware_sheets(
 
 @app.command()
 def replay(
-    model: Model = "tiny-dense",
+    source: Annotated[str | None, typer.Argument(help="A model to record, or the folder of a saved recording.")] = None,
+    model: Annotated[str | None, typer.Option(help="With a recording and --check: the model that was recorded.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 text file with the prompt.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Without a prompt: this many tokens of standard-library text.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode; the replay is measured on them.")] = 32,
-    method: Annotated[list[str] | None, typer.Option(help="NAME:knob=value,…; may be given several times.")] = None,
-    budget: Annotated[
-        list[str] | None, typer.Option(help="0.2 of the prompt or 128 tokens; may be given several times.")
-    ] = None,
-    recording: Annotated[Path | None, typer.Option(help="Replay this saved recording instead of making one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to save the recording in.")] = None,
+    method: Methods = None,
+    budget: Budgets = None,
+    check: Annotated[bool, typer.Option("--check", help="Run a few points live, and say how well they were foretold.")] = False,
+    check_points: Annotated[int, typer.Option(help="How many points --check runs.")] = 6,
+    out: Annotated[Path | None, typer.Option(help="A .html, .csv or .json file for the result.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder to keep a new recording in.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Record a dense run once, and show what each method would have kept of it at each budget."""
+    """Record a dense run once, or open a recording, and show what each method would have kept of it at each budget."""
+    from workbench.experiments.check import check_replay
     from workbench.experiments.record import record
     from workbench.experiments.replay import BUDGETS
     from workbench.experiments.replay import replay as run
@@ -247,37 +274,43 @@ def replay(
     from workbench.trace.recording import Recording
 
     methods, budgets = method or list(DEMO_METHODS), [_budget(text) for text in budget or []] or list(BUDGETS)
+    if out is not None:
+        if out.suffix not in _REPLAY_FORMATS:
+            raise UserError(f"Cannot write a replay to {out}; name a file that ends in {', '.join(_REPLAY_FORMATS)}.")
+        _check_writable(out.parent)
     text = _prompt_text(prompt, prompt_file)
-    if recording is not None:
-        recorded = Recording.load(recording)
+    if source is not None and (Path(source) / "meta.json").exists():
+        if save is not None or text is not None:
+            raise UserError(f"{source} is a recording already; leave out --save and the prompt.")
+        if check and model is None:
+            raise UserError("--check runs the recorded model again; say which with --model.")
+        recorded = Recording.load(source)
+        lm = load(model) if check and model is not None else None
     else:
-        if out is not None:
-            _check_writable(out)
+        if source is not None and model is not None:
+            raise UserError(f"Give the model once: {source!r} or --model {model}.")
+        if save is not None:
+            _check_writable(save)
         if text is None and prompt_tokens < 1:
             raise UserError(f"--prompt-tokens cannot be {prompt_tokens}; ask for 1 or more.")
-        lm = load(model)
+        lm = load(source or model or "tiny-dense")
         recorded = record(lm, _prompt_ids(lm, text, prompt_tokens), new_tokens=new_tokens)
     replayed = run(recorded, methods, budgets)
+    with _progress(as_json) as advance:
+        checked = check_replay(lm, recorded, replayed, points=check_points, on_progress=advance) if check and lm else None
+    if save is not None:
+        recorded.save(save)
     if out is not None:
-        recorded.save(out)
-    rows = replayed.curves().to_dict("records")
+        _REPLAY_FORMATS[out.suffix](out, replayed, checked)
     if as_json:
-        _print_json({"about": replayed.about, "rows": rows, "recording": None if out is None else str(out)})
+        written = {"recording": save, "written": out}
+        paths = {name: None if path is None else str(path) for name, path in written.items()}
+        _print_json({**_replay_dict(replayed, checked), **paths})
         return
-    from workbench.plots.theme import human_bytes
-
-    size = f"{recorded.prompt_tokens} + {recorded.steps} tokens, {len(recorded.layers)} layers"
-    _out.print(f"[bold]{replayed.about['model']}[/bold], {size}", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for name in ("method", "budget", "mass retained", "best possible", "output error", "KV held"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
-        shares = [f"{row[name]:.3f}" for name in ("mass_retained", "oracle_mass", "output_error")]
-        table.add_row(row["method"], str(row["budget"]), *shares, human_bytes(row["bytes"]))
-    _out.print(table)
-    _out.print("Shares of attention, and of the attention output's length; means over layers, heads and steps.", style="dim")
-    if out is not None:
-        _out.print(f"Recording: {out}", highlight=False)
+    _print_replay(replayed, checked)
+    for name, path in (("Recording", save), ("Written", out)):
+        if path is not None:
+            _out.print(f"{name}: {path}", highlight=False)
 
 
 @app.command()
@@ -502,12 +535,57 @@ def _print_comparison(comparison: Comparison) -> None:
         _out.print(f"{about['sliding_layers']} sliding-window layers were left alone.", style="dim")
 
 
+def _replay_dict(replayed: Replay, checked: Check | None) -> dict[str, Any]:
+    rows = replayed.curves().to_dict("records")
+    return {"about": replayed.about, "rows": rows, "check": None if checked is None else checked.to_dict()}
+
+
+def _write_replay_html(path: Path, replayed: Replay, checked: Check | None) -> None:
+    from workbench.report import write_replay_report
+
+    write_replay_report(replayed, checked, path)
+
+
+_REPLAY_FORMATS = {
+    ".html": _write_replay_html,
+    ".csv": lambda path, replayed, _: replayed.curves().to_csv(path, index=False),
+    ".json": lambda path, replayed, checked: path.write_text(json.dumps(_replay_dict(replayed, checked), indent=1)),
+}
+"""How a replay is written, by the file's suffix."""
+
+
+def _print_replay(replayed: Replay, checked: Check | None) -> None:
+    from workbench.plots.theme import human_bytes
+
+    about = replayed.about
+    size = f"{about['prompt_tokens']} + {about['steps']} tokens, {len(about['layers'])} layers"
+    _out.print(f"[bold]{about['model']}[/bold], {size}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for name in ("method", "budget", "mass retained", "best possible", "output error", "KV held"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for point, row in zip(replayed.points, replayed.curves().to_dict("records"), strict=True):
+        shares = [f"{row[name]:.3f}" for name in ("mass_retained", "oracle_mass", "output_error")]
+        table.add_row(point.method, str(point.budget), *shares, human_bytes(row["bytes"]))
+    _out.print(table)
+    _out.print("Shares of attention, and of the attention output's length; means over layers, heads and steps.", style="dim")
+    if checked is None:
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for name in ("run live", "error foretold", "KL", "top-1", "overlap"):
+        table.add_column(name, justify="left" if name == "run live" else "right")
+    for point in checked.points:
+        live = (f"{point.live_kl:.3f}", f"{point.live_top1:.3f}", f"{point.kept_overlap:.1%}")
+        table.add_row(point.setup, f"{point.predicted_error:.3f}", *live)
+    _out.print(table)
+    _out.print(str(checked), highlight=False)
+
+
 def _budget(text: str) -> float | int:
     try:
         return int(text) if text.strip().isdigit() else float(text)
     except ValueError:
         raise UserError(
-            f"--budget cannot be {text!r}; write a fraction such as 0.2, or a number of tokens such as 128."
+            f"--budgets cannot be {text!r}; write a fraction such as 0.2, or a number of tokens such as 128."
         ) from None
 
 
