@@ -38,8 +38,10 @@ def held(session: wb.Session, row: int = 0) -> list[list[set[int]]]:
 
 
 def counts(session: wb.Session) -> set[float]:
-    """Tokens each head holds, on average over the layers, which may share their budget unevenly."""
+    """Tokens each head holds, on average over the layers, which may share their budget unevenly; if ragged, over heads too."""
     by_head = zip(*held(session), strict=True)
+    if getattr(session.setup.cache, "ragged", False):
+        return {sum(len(head) for layer in held(session) for head in layer) / sum(map(len, held(session)))}
     return {sum(len(layer) for layer in layers) / len(layers) for layers in by_head}
 
 

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from workbench.engine.call import Call
 from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState
+from workbench.engine.stores.ragged import RaggedStore
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
 from workbench.probes.rotation import Rotation, rotations
@@ -23,6 +24,7 @@ from workbench.trace.anatomy import Anatomy
 from workbench_kernels.attention_rows import blockwise_attention
 from workbench_kernels.column_mass import column_mass, column_mass_flops
 from workbench_kernels.decode_attention import decode_attention
+from workbench_kernels.ragged_decode_attention import ragged_decode_attention
 
 
 class EngineLayer(CacheLayerMixin):
@@ -38,7 +40,7 @@ class EngineLayer(CacheLayerMixin):
         self.policy = policy
         self.call = call
         self.rotation: Rotation | None = None
-        self.store = RectangularStore(with_mass=policy is not None and MASS in policy.needs)
+        self.store: RectangularStore | RaggedStore = RectangularStore(with_mass=policy is not None and MASS in policy.needs)
         self._seen = 0
         self._undecided = False
         """Whether the policy came by a swap and has not had its say on what is held."""
@@ -105,7 +107,8 @@ class EngineLayer(CacheLayerMixin):
         options = {"softcap": softcap, "sinks": s_aux, "occupied": self.store.occupied, "window": self.attention.window}
         asking = self.call.positions >= 0 if self.call.has_padding else None
         out, kernel = self._output(query, scaling, options)
-        self.call.record_attention(self.index, self.attention, query.shape, self.store.length, kernel)
+        slots = self.store.mean_length if kernel == "ragged" else self.store.length
+        self.call.record_attention(self.index, self.attention, query.shape, slots, kernel)
         if self.store.mass is not None:
             self._add_mass(query, scaling, asking, options)
         if observes(self.call.importance, query.shape[2]):
@@ -126,6 +129,8 @@ class EngineLayer(CacheLayerMixin):
         if that does not. Slots are put in the order of the text, since a method of prompts may look at a token's neighbours.
         """
         self.store.sort()
+        if policy is not None and not policy.ragged:
+            self.store = self.store.rectangular()
         self.policy = policy
         self.store.keep_mass(policy is not None and MASS in policy.needs)
         self._undecided = True
@@ -138,9 +143,11 @@ class EngineLayer(CacheLayerMixin):
 
     def _output(self, query: torch.Tensor, scaling: float, options: dict) -> tuple[torch.Tensor, str]:
         """Attention output `[B, Hq, Q, Dv]` and the kernel that computed it, which no method has a say in."""
-        keys, values, occupied = self.store.keys, self.store.values, options["occupied"]
         num_queries, window = query.shape[2], options["window"]
         plain = options["softcap"] is None and options["sinks"] is None
+        if plain and num_queries == 1 and isinstance(self.store, RaggedStore):
+            return ragged_decode_attention(query, *self.store.flat, scaling, longest=self.store.length), "ragged"
+        keys, values, occupied = self.store.keys, self.store.values, options["occupied"]
         if plain and num_queries == 1:
             seen = slice(0 if window is None else -window, None)
             occupied = None if occupied is None else occupied[:, :, seen]
@@ -156,7 +163,7 @@ class EngineLayer(CacheLayerMixin):
         """Adds what each key received: a second pass over the scores, so that the output is the same without it."""
         batch, num_q_heads, num_queries, head_dim = query.shape
         mass = column_mass(query, self.store.keys, scaling, asking=asking, **options)
-        self.store.mass.add_(mass.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2))
+        self.store.add_mass(mass.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2))
         flops = column_mass_flops(batch, num_q_heads, num_queries, self.store.length, head_dim)
         self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * self.store.mass.nbytes)
 
@@ -166,7 +173,7 @@ class EngineLayer(CacheLayerMixin):
         self._undecided = False
         if capacity is None or not acts:
             return
-        if all(held <= limit for held, limit in zip(self.store.held_by_row(), capacity, strict=True)):
+        if within(self.store, self.policy, capacity, self.attention.num_kv_heads):
             return
         self._record("due", 0)
         state = LayerState(
@@ -189,6 +196,8 @@ class EngineLayer(CacheLayerMixin):
         dropped = torch.where(keep, -1, state.positions)
         num_dropped = int((dropped >= 0).sum())
         if num_dropped:
+            if self.policy.ragged and isinstance(self.store, RectangularStore):
+                self.store = RaggedStore.of(self.store)
             moved = self.store.keep(keep)
             self._record("evict", num_dropped, 0, moved)
             self.call.record_evictions(self.index, dropped)
@@ -204,7 +213,14 @@ class EngineLayer(CacheLayerMixin):
             tokens = [min(seen, limit) for seen, limit in zip(tokens, self.call.capacity[self.index], strict=True)]
         if self.attention.window is not None:
             tokens = [min(seen, self.attention.window - 1) for seen in tokens]
-        return sum(tokens) * self.attention.cached_elements * self.store.keys.element_size()
+        return sum(tokens) * self.attention.cached_elements * self.store.element_bytes
+
+
+def within(store: RectangularStore | RaggedStore, policy: CachePolicy, capacity: list[int], num_kv_heads: int) -> bool:
+    """Whether no row holds more than its capacity: in any kv head, or, if the policy is ragged, on average over them."""
+    if policy.ragged:
+        return all(held <= num_kv_heads * limit for held, limit in zip(store.total_by_row(), capacity, strict=True))
+    return all(held <= limit for held, limit in zip(store.held_by_row(), capacity, strict=True))
 
 
 def engine_cache(model: nn.Module, anatomy: Anatomy, policy: CachePolicy | None, call: Call) -> Cache:

@@ -44,5 +44,7 @@ class Call:
 
     def record_evictions(self, layer: int, dropped: torch.Tensor) -> None:
         """Writes one row a dropped token. `dropped` `[B, H, N]` holds their positions, -1 elsewhere."""
-        for row, head, slot in dropped.ge(0).nonzero().tolist():
-            self.writer.add("evictions", self.step, row, layer, head, dropped[row, head, slot].item(), -1)
+        gone = dropped.ge(0)
+        rows, heads, _ = (index.tolist() for index in gone.nonzero(as_tuple=True))
+        where = zip(rows, heads, dropped[gone].tolist(), strict=True)
+        self.writer.extend("evictions", ((self.step, row, layer, head, position, -1) for row, head, position in where))

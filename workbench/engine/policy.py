@@ -28,7 +28,7 @@ class LayerState:
     positions: torch.Tensor
     """`[B, H, N]` position of each token in its row, padding not counted; -1 where a slot is empty."""
     capacity: torch.Tensor
-    """`[B]` tokens each kv head may keep."""
+    """`[B]` tokens each kv head may keep; under a ragged method, on average over the heads of the layer."""
     scaling: float
     """Factor on the scores of this layer."""
     layer: int
@@ -60,6 +60,8 @@ class CachePolicy(Protocol):
     """Of `queries`, `mass` and `rotation`."""
     acts: frozenset[str]
     """The phases after whose attention the method decides."""
+    ragged: bool
+    """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
 
     def capacity(self, prompt_tokens: int) -> int | None:
         """Tokens each kv head may keep after a prompt of this length, on average over layers; None: no bound."""

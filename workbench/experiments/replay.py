@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from workbench.engine.cache import acting_layers
+from workbench.engine.cache import acting_layers, within
 from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
@@ -302,7 +302,7 @@ def _decide(
     step: int,
 ) -> None:
     """Lets the policy decide as the engine does, and notes in `gone` what it drops before a step."""
-    if all(held <= limit for held, limit in zip(store.held_by_row(), capacity.tolist(), strict=True)):
+    if within(store, policy, capacity.tolist(), gone.shape[1]):
         return
     asked = scene.layer.queries[None, :, queries].expand(len(gone), -1, -1, -1) if QUERIES in policy.needs else None
     state = LayerState(

@@ -55,11 +55,48 @@ class RectangularStore:
         """Tokens held, over all rows and kv heads."""
         return int((self.positions >= 0).sum()) if self.has_empty_slots else self.positions.numel()
 
+    @property
+    def mean_length(self) -> int:
+        """Slots a head reads: here all that there are."""
+        return self.length
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one number of K and V."""
+        return self._buffers["keys"].element_size()
+
+    @classmethod
+    def holding(cls, buffers: dict[str, torch.Tensor], has_empty_slots: bool) -> RectangularStore:
+        """A store of these buffers, all slots in use: `keys`, `values`, `positions` and, if it is kept, `mass`."""
+        store = cls(with_mass="mass" in buffers)
+        store._buffers = buffers
+        store.length, store.has_empty_slots = buffers["positions"].shape[2], has_empty_slots
+        store._weigh()
+        return store
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The memory itself, `[B, H, slots, ...]`, those held in reserve included."""
+        return self._buffers
+
+    def rectangular(self) -> RectangularStore:
+        """The store itself: it has one length for all heads."""
+        return self
+
     def held_by_row(self) -> list[int]:
         """Tokens held by the fullest kv head of each row."""
         if not self.has_empty_slots:
             return [self.length] * self.positions.shape[0]
         return (self.positions >= 0).sum(-1).amax(1).tolist()
+
+    def total_by_row(self) -> list[int]:
+        """Tokens held by all kv heads of each row together."""
+        if not self.has_empty_slots:
+            return [self.length * self.positions.shape[1]] * self.positions.shape[0]
+        return (self.positions >= 0).sum((1, 2)).tolist()
+
+    def add_mass(self, received: torch.Tensor) -> None:
+        """Adds the attention `[B, H, N]` each token has received."""
+        self._buffers["mass"][:, :, : self.length].add_(received)
 
     def keep_mass(self, wanted: bool) -> None:
         """Starts the accumulated attention, at zero for the tokens held, or frees it."""
@@ -114,7 +151,7 @@ class RectangularStore:
             return
         if self.length == self._buffers["keys"].shape[2]:
             start = self.length - num_slots
-            room = num_slots + _slack(num_slots)
+            room = num_slots + slack(num_slots)
             for name, buffer in self._buffers.items():
                 moved = buffer.new_empty(*buffer.shape[:2], room, *buffer.shape[3:])
                 moved[:, :, :num_slots] = buffer[:, :, start : self.length]
@@ -144,7 +181,7 @@ class RectangularStore:
     def _gather(self, mask: torch.Tensor, counts: torch.Tensor, length: int) -> int:
         """Moves the kept slots into new buffers, those with fewer tokens filled up with empty slots at the front."""
         order = mask.to(torch.int8).argsort(dim=-1, stable=True)[..., mask.shape[-1] - length :]
-        room = length + _slack(length)
+        room = length + slack(length)
         moved = 0
         for name, buffer in self._buffers.items():
             index = order if buffer.ndim == 3 else order.unsqueeze(-1).expand(-1, -1, -1, buffer.shape[3])
@@ -160,7 +197,7 @@ class RectangularStore:
     def _reserve(self, length: int) -> None:
         if length <= self._buffers["keys"].shape[2]:
             return
-        room = length + _slack(length)
+        room = length + slack(length)
         for name, buffer in self._buffers.items():
             grown = buffer.new_empty(*buffer.shape[:2], room, *buffer.shape[3:])
             grown[:, :, : self.length] = buffer[:, :, : self.length]
@@ -171,5 +208,6 @@ class RectangularStore:
         self.nbytes = sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
 
 
-def _slack(length: int) -> int:
+def slack(length: int) -> int:
+    """Slots to hold in reserve for so many tokens."""
     return max(SLACK, length // 16)

@@ -26,6 +26,8 @@ class CacheMethod(Method):
     slot: ClassVar[str] = "cache"
     needs: ClassVar[frozenset[str]] = frozenset()
     acts: ClassVar[frozenset[str]] = PREFILL_ONLY
+    ragged: ClassVar[bool] = False
+    """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
 
     budget: Budget
 
@@ -38,7 +40,7 @@ class CacheMethod(Method):
         return [self.capacity(prompt_tokens)] * num_layers
 
     def keep(self, state: LayerState) -> torch.Tensor:
-        """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head."""
+        """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head (if ragged, on average)."""
         raise TypeError(f"{type(self).__name__} must say what it keeps: define keep(state).")
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
@@ -47,10 +49,18 @@ class CacheMethod(Method):
 
 
 def keep_top(scores: torch.Tensor, count: torch.Tensor, occupied: torch.Tensor) -> torch.Tensor:
-    """The `count[b]` occupied slots of highest score in each row and head, `[B, H, N]` bool; ties go to the earlier slot."""
+    """The `count` (`[B]` or `[B, H]`) occupied slots of highest score in each row and head, `[B, H, N]` bool.
+
+    Ties go to the earlier slot.
+    """
+    count = count.view(len(count), -1, 1)
+    if bool((occupied.sum(-1, keepdim=True) == count + 1).all()):  # the usual case of a decode step, without a sort
+        lowest = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(~occupied, torch.inf)
+        last = scores.shape[-1] - 1 - lowest.flip(-1).argmin(-1, keepdim=True)
+        return occupied.scatter(-1, last, False)
     order = scores.masked_fill(~occupied, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
-    return (rank < count.view(-1, 1, 1)) & occupied
+    return (rank < count) & occupied
 
 
 def recent(state: LayerState, count: torch.Tensor) -> torch.Tensor:

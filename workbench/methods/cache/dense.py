@@ -18,6 +18,7 @@ class Dense(Method):
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
     needs: ClassVar[frozenset[str]] = frozenset()
     acts: ClassVar[frozenset[str]] = frozenset()
+    ragged: ClassVar[bool] = False
 
     def capacity(self, prompt_tokens: int) -> None:
         """No bound."""
