@@ -73,6 +73,28 @@ def test_compare_json(run, tmp_path):
     assert len(wb.Comparison.load(tmp_path / "cmp").rows) == 3
 
 
+def test_compare_at_several_budgets_and_contexts_goes_on_where_it_was(run, tmp_path):
+    options = ("tiny-dense", "--methods", "snapkv", "h2o:recent=0.3", "--budgets", "0.5", "20", "--contexts", "96", "128")
+    options = (*options, "--workload", "recall:facts=2", "--samples", "1", "--out", "cmp", "--json")
+    code, out, _ = run("compare", *options)
+    both = json.loads(out)["comparisons"]
+    assert code == 0 and [each["about"]["settings"]["context"] for each in both] == [96, 128]
+    expected = ["dense", "snapkv(budget=0.5)", "snapkv(budget=20)", "h2o(budget=0.5, recent=0.3)", "h2o(budget=20, recent=0.3)"]
+    assert all([row["setup"] for row in each["rows"]] == expected for each in both)
+    assert (tmp_path / "cmp" / "context-128" / "report.html").exists()
+    assert json.loads(run("compare", *options)[1])["comparisons"] == both  # times and all: nothing ran again
+    assert json.loads(run("compare", *options, "--fresh")[1])["comparisons"] != both
+    code, out, _ = run("compare", *options[:-1])
+    assert code == 0 and "score by question" in out and "score by depth" in out
+
+
+def test_workloads_json(run):
+    code, out, _ = run("workloads", "--json")
+    listed = {entry["name"]: entry for entry in json.loads(out)}
+    assert code == 0 and set(listed) == set(wb.workloads.WORKLOADS)
+    assert listed["recall"]["settings"]["facts"] == 4 and run("workloads")[0] == 0
+
+
 def test_replay_json_and_again_from_disk(run, tmp_path):
     options = ("--methods", "h2o", "snapkv:window=8", "--budgets", "0.3", "20", "--json")
     code, out, _ = run("replay", "tiny-dense", "--prompt-tokens", "60", "--new-tokens", "4", "--save", "rec", *options)
@@ -234,6 +256,11 @@ def test_hardware(run, tmp_path, monkeypatch):
         (["export", "full", "--out", "x.json", "--format", "xml"], "no export format 'xml'"),
         (["compare", "--workload", "chess"], "no workload named 'chess'"),
         (["compare", "--workload", "text", "--query-aware"], "no setting 'query_aware'"),
+        (["compare", "tiny-dense", "--model", "tiny-moe"], "Give the model once"),
+        (["compare", "--methods", "h2o:budget=0.2", "--budgets", "0.5"], "has a budget of its own"),
+        (["compare", "--methods", "h2o", "--budgets", "half"], "--budgets cannot be 'half'"),
+        (["compare", "--contexts", "64", "9000", "--workload", "text"], "whose context is 8192"),
+        (["compare", "--workload", "recall:colour=1"], "no setting 'colour'"),
         (["compare", "--context", "9000"], "whose context is 8192"),
         (["compare", "--samples", "0"], "samples=0"),
         (["compare", "--method", "h2o:budget=2.5"], "cannot be 2.5"),

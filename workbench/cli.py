@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -19,10 +20,13 @@ from rich.table import Table
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from workbench.cost.roofline import Prediction
     from workbench.trace.check import Check
     from workbench.trace.comparison import Comparison
     from workbench.trace.replay import Replay
+    from workbench.workloads import Workload
 
 app = typer.Typer(
     add_completion=False,
@@ -92,8 +96,10 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Compare dense with three cache methods on the built-in model, and write a report."""
+    from workbench.workloads import WORKLOADS
+
     methods = [f"{name}:budget={budget}" for budget in DEMO_BUDGETS for name in DEMO_METHODS]
-    _compare("tiny-dense", "recall", {"context": 512, "samples": 8}, methods, out, as_json)
+    _compare("tiny-dense", [WORKLOADS["recall"](context=512, samples=8)], methods, out, True, as_json)
 
 
 @app.command()
@@ -160,21 +166,31 @@ def profile(
 
 @app.command()
 def compare(
-    model: Model = "tiny-dense",
-    workload: Annotated[str, typer.Option(help="What to run: recall or text.")] = "recall",
-    context: Annotated[int, typer.Option(help="Tokens of each context.")] = 512,
+    source: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="The model; tiny-dense by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
+    workload: Annotated[str, typer.Option(help="NAME:setting=value,…; see `workbench workloads`.")] = "recall",
+    context: Annotated[
+        list[int] | None, typer.Option("--contexts", "--context", help="Tokens of each context: one or several lengths; 512.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="How many contexts.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 0,
-    query_aware: Annotated[bool, typer.Option(help="recall: let methods see the question when they compress.")] = False,
-    method: Annotated[list[str] | None, typer.Option(help="NAME:knob=value,…; may be given several times.")] = None,
+    query_aware: Annotated[bool, typer.Option(help="Let methods see the question when they compress.")] = False,
+    method: Methods = None,
+    budget: Budgets = None,
     out: Annotated[Path, typer.Option(help="Folder for the report, the rows and the traces.")] = Path("comparison"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run what is finished in the folder again, too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run several methods on one workload: quality beside cost, in a table and a report."""
-    settings: dict[str, Any] = {"context": context, "samples": samples, "seed": seed}
-    if query_aware:
-        settings["query_aware"] = True
-    _compare(model, workload, settings, method or [], out, as_json)
+    """Run methods at budgets on a workload: quality beside cost, in a table and a report. Goes on where it was cut short."""
+    from workbench.workloads import parse_workload
+
+    if source is not None and model is not None:
+        raise UserError(f"Give the model once: {source!r} or --model {model}.")
+    given: dict[str, Any] = {"samples": samples, "seed": seed, **({"query_aware": True} if query_aware else {})}
+    lengths = list(dict.fromkeys(context or [512]))
+    workloads = [parse_workload(workload, context=length, **given) for length in lengths]
+    methods = _at_budgets(method or [], [_budget(text) for text in budget or []])
+    _compare(source or model or "tiny-dense", workloads, methods, out, fresh, as_json)
 
 
 @app.command()
@@ -359,6 +375,30 @@ def methods(
 
 
 @app.command()
+def workloads(as_json: Json = False) -> None:
+    """List the workloads with their settings."""
+    from workbench.workloads import WORKLOADS
+
+    listed = [
+        {
+            "name": name,
+            "summary": cls.summary(),
+            "settings": {option.name: option.default for option in dataclasses.fields(cls)},
+        }
+        for name, cls in WORKLOADS.items()
+    ]
+    if as_json:
+        _print_json(listed)
+        return
+    table = Table(show_lines=True)
+    for name in ("workload", "what it does", "settings"):
+        table.add_column(name)
+    for entry in listed:
+        table.add_row(entry["name"], entry["summary"], "\n".join(f"{key}={value}" for key, value in entry["settings"].items()))
+    _out.print(table)
+
+
+@app.command()
 def models(as_json: Json = False) -> None:
     """List the models that need no hub."""
     from workbench.models.catalogue import catalogue
@@ -486,33 +526,39 @@ def _human_seconds(seconds: float) -> str:
     raise AssertionError
 
 
-def _compare(model: str, workload: str, settings: dict[str, Any], methods: list[str], out: Path, as_json: bool) -> None:
+def _compare(model: str, workloads: list[Workload], methods: list[str], out: Path, fresh: bool, as_json: bool) -> None:
+    """Compares on each workload; the results of several lie in folders of their own, and what is finished in one."""
     from workbench.experiments.compare import compare as run
     from workbench.methods import parse_method
     from workbench.models.load import load
-    from workbench.workloads import WORKLOADS
 
     setups = [parse_method(text) for text in methods]
-    chosen = _workload(WORKLOADS[workload], settings)
     lm = load(model)
     _check_writable(out)
-    with _progress(as_json) as advance:
-        comparison = run(lm, chosen, setups, on_progress=advance)
-    comparison.save(out)
-    report = comparison.report(out / "report.html")
+    for workload in workloads:
+        workload.episodes(lm)  # what does not fit is said before anything runs
+    printed = []
+    for workload in workloads:
+        folder = out if len(workloads) == 1 else out / f"context-{workload.context}"
+        with _progress(as_json) as advance:
+            comparison = run(lm, workload, setups, out=out, fresh=fresh, on_progress=advance)
+        comparison.save(folder)
+        report = comparison.report(folder / "report.html")
+        printed.append({**comparison.to_dict(), "report": str(report)})
+        if not as_json:
+            _print_comparison(comparison)
+            _out.print(f"Report: {report}", highlight=False)
     if as_json:
-        _print_json({**comparison.to_dict(), "report": str(report)})
-        return
-    _print_comparison(comparison)
-    _out.print(f"Report: {report}", highlight=False)
+        _print_json(printed[0] if len(printed) == 1 else {"comparisons": printed})
 
 
-def _workload(cls: type, settings: dict[str, Any]):
-    try:
-        return cls(**settings)
-    except TypeError:
-        unknown = [name for name in settings if name not in cls.__dataclass_fields__]
-        raise UserError(f"Workload {cls.name!r} has no setting {unknown[0]!r}; leave it out.") from None
+def _at_budgets(methods: list[str], budgets: list[float | int]) -> list[str]:
+    """Each method in text form at each budget, or as it is if no budgets are given."""
+    for text in methods if budgets else []:
+        if "budget=" in text:
+            raise UserError(f"{text!r} has a budget of its own; leave that or --budgets out.")
+    joined = [f"{text}{',' if ':' in text else ':'}budget={budget}" for text in methods for budget in budgets]
+    return joined if budgets else methods
 
 
 def _print_comparison(comparison: Comparison) -> None:
@@ -531,6 +577,9 @@ def _print_comparison(comparison: Comparison) -> None:
         table.add_row(row.setup, f"{row.score:.3f}", f"{row.kl_to_dense:.3f}", size, *times, fired)
     _out.print(table)
     _out.print("KL to dense: nats a token. TTFT, TPOT: ms. Fired: layers and steps acted on, of those due.", style="dim")
+    for heading, scores in (("question", comparison.turns), ("depth, %", comparison.depths)):
+        if scores.shape[1] > 1:
+            _print_scores(heading, scores)
     if about["sliding_layers"]:
         _out.print(f"{about['sliding_layers']} sliding-window layers were left alone.", style="dim")
 
@@ -578,6 +627,17 @@ def _print_replay(replayed: Replay, checked: Check | None) -> None:
         table.add_row(point.setup, f"{point.predicted_error:.3f}", *live)
     _out.print(table)
     _out.print(str(checked), highlight=False)
+
+
+def _print_scores(heading: str, scores: pd.DataFrame) -> None:
+    """Scores by question or by depth."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column(f"score by {heading}", overflow="fold")
+    for name in scores.columns:
+        table.add_column(str(name), justify="right")
+    for setup, values in scores.iterrows():
+        table.add_row(str(setup), *(f"{value:.2f}" for value in values))
+    _out.print(table)
 
 
 def _budget(text: str) -> float | int:

@@ -91,6 +91,7 @@ allocated tensors on a GPU. FLOPs and bytes are of one sample,
 over the prefill or everything after it; FLOPs count matrix products, a multiply-add as 2, causal attention as T x T; bytes
 follow the fused model.</p>
 {_left_alone(about)}
+{_by_turn(comparison)}{_by_depth(comparison)}
 <h2>Trade-offs</h2>
 {_figure(comparison.pareto())}
 {_figure(comparison.pareto(y="kl_to_dense"))}
@@ -181,6 +182,20 @@ def _kept(label: str, trace: Trace) -> str:
 
 def _figure(figure: go.Figure) -> str:
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+
+
+def _by_turn(comparison: Comparison) -> str:
+    if comparison.turns.shape[1] < 2:
+        return ""
+    note = "Mean score of the 1st, 2nd, ... question. The context was compressed once, before the first."
+    return f'<h2>Question by question</h2><p class="note">{note}</p>{_frame(comparison.turns.reset_index())}'
+
+
+def _by_depth(comparison: Comparison) -> str:
+    if comparison.depths.shape[1] < 2:
+        return ""
+    note = "Mean score by where the answer stands, in percent of the context."
+    return f'<h2>By depth</h2><p class="note">{note}</p>{_frame(comparison.depths.reset_index())}'
 
 
 def _left_alone(about: dict) -> str:
