@@ -24,6 +24,7 @@ from workbench.errors import UserError
 from workbench.experiments.replay_layers import gone_by_layer, has_state
 from workbench.methods.base import Budget, Method, parse_method
 from workbench.methods.cache.base import CacheMethod
+from workbench.probes.memory import free_bytes
 from workbench.trace.recording import LayerTensors, Recording
 from workbench.trace.replay import Point, Replay
 from workbench_kernels.attention_rows import attention_rows
@@ -44,12 +45,13 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
         budgets: fractions of the prompt, or tokens a kv head.
 
     Raises:
-        UserError: for a method without a budget, and for no method or budget at all.
+        UserError: for a method without a budget, no method or budget at all, and more memory than is free.
     """
     wanted = list({repr(budget): budget for budget in budgets}.values())  # 1 token is not 1.0 of the prompt
     families = [_at_budgets(given, wanted) for given in methods]
     if not wanted or not families:
         raise UserError("There is nothing to replay: give at least one method and one budget.")
+    _check_room(recording, len(wanted))
     with torch.no_grad():
         stateful = [policy for family in families for policy in family if has_state(policy)]
         states = {policy.label: gone_by_layer(recording, policy) for policy in stateful}
@@ -71,10 +73,28 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     return Replay(about, tuple(points))
 
 
+def _check_room(recording: Recording, num_budgets: int) -> None:
+    """Raises UserError if what a replay holds at once is not free: rows thrice, and K and V of each budget, a thread."""
+    largest = 0
+    for layer in recording.layers:
+        rows = 4 * layer.queries.shape[0] * recording.steps * recording.tokens
+        largest = max(largest, 3 * rows + 2 * num_budgets * (layer.keys.nbytes + layer.values.nbytes))
+    device = recording.layers[0].keys.device
+    wanted, free = largest * _workers(recording.layers), free_bytes(device)
+    if free is not None and wanted > free:
+        raise UserError(
+            f"A replay of {recording!r} at {num_budgets} budgets takes about {wanted:,} bytes and {free:,} are free; "
+            "record fewer new tokens, or replay fewer budgets at once."
+        )
+
+
+def _workers(layers: Sequence[LayerTensors]) -> int:
+    return min(torch.get_num_threads(), len(layers)) if layers[0].keys.device.type == "cpu" else 1
+
+
 def _side_by_side(work: Callable[[LayerTensors], list[_Replayed]], layers: Sequence[LayerTensors]) -> list[list[_Replayed]]:
     """Does the work on every layer: on a CPU one layer a thread, since the operations are too small to be divided."""
-    threads = torch.get_num_threads()
-    workers = min(threads, len(layers)) if layers[0].keys.device.type == "cpu" else 1
+    threads, workers = torch.get_num_threads(), _workers(layers)
 
     def apart(layer: LayerTensors) -> list[_Replayed]:
         with torch.no_grad():
