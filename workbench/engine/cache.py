@@ -7,6 +7,7 @@ returns the layer itself in place of the keys, and the one attention function (`
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +16,26 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from workbench.engine.call import Call
-from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState
+from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, CachePolicy, LayerState
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
 from workbench.probes.rotation import Rotation, rotations
 from workbench.trace.anatomy import Anatomy
-from workbench_kernels.attention_rows import blockwise_attention
+from workbench.trace.schema import REHEARSAL
+from workbench_kernels.attention_rows import attention_rows, blockwise_attention
 from workbench_kernels.column_mass import column_mass, column_mass_flops
 from workbench_kernels.decode_attention import decode_attention
+
+
+@dataclass
+class _Rehearsing:
+    """What a layer held before a rehearsal, and what the rehearsed tokens looked at so far."""
+
+    length: int
+    seen: int
+    foresees: bool
+    foresight: torch.Tensor | None = None
+    scaling: float = 1.0
 
 
 class EngineLayer(CacheLayerMixin):
@@ -40,8 +53,9 @@ class EngineLayer(CacheLayerMixin):
         self.rotation: Rotation | None = None
         self.store = RectangularStore(with_mass=policy is not None and MASS in policy.needs)
         self._seen = 0
-        self._undecided = False
+        self.undecided = False
         """Whether the policy came by a swap and has not had its say on what is held."""
+        self._rehearsing: _Rehearsing | None = None
 
     # What transformers asks of a cache layer. Positions and masks are the session's business: it passes its own, so
     # the sizes given here serve no one.
@@ -106,6 +120,9 @@ class EngineLayer(CacheLayerMixin):
         asking = self.call.positions >= 0 if self.call.has_padding else None
         out, kernel = self._output(query, scaling, options)
         self.call.record_attention(self.index, self.attention, query.shape, self.store.length, kernel)
+        if self.call.phase == REHEARSAL:
+            self._foresee(query, scaling, options)
+            return out.transpose(1, 2), None
         if self.store.mass is not None:
             self._add_mass(query, scaling, asking, options)
         if observes(self.call.importance, query.shape[2]):
@@ -115,8 +132,8 @@ class EngineLayer(CacheLayerMixin):
         if self.attention.window is not None:
             self.store.keep_last(self.attention.window - 1)
         self._record("append", query.shape[0] * query.shape[2])
-        if self.policy is not None:
-            self._decide(query, scaling)
+        if self.policy is not None and FORESIGHT not in self.policy.needs and self.is_due():
+            self._decide(scaling, queries=query if QUERIES in self.policy.needs else None)
         return out.transpose(1, 2), None
 
     def swap(self, policy: CachePolicy | None) -> None:
@@ -128,7 +145,7 @@ class EngineLayer(CacheLayerMixin):
         self.store.sort()
         self.policy = policy
         self.store.keep_mass(policy is not None and MASS in policy.needs)
-        self._undecided = True
+        self.undecided = True
 
     def clone(self, call: Call) -> EngineLayer:
         """An independent copy that takes part in another session's calls."""
@@ -160,27 +177,56 @@ class EngineLayer(CacheLayerMixin):
         flops = column_mass_flops(batch, num_q_heads, num_queries, self.store.length, head_dim)
         self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * self.store.mass.nbytes)
 
-    def _decide(self, query: torch.Tensor, scaling: float) -> None:
-        capacity = self.call.capacity.get(self.index)
-        acts = self._undecided or self.call.phase in self.policy.acts
-        self._undecided = False
-        if capacity is None or not acts:
+    def is_due(self) -> bool:
+        """Whether the policy has to decide now: it acts in this phase, or was swapped in, and more is held than it allows."""
+        if self.policy is None or self.index not in self.call.capacity:
+            return False
+        acts = self.undecided or self.call.phase in self.policy.acts
+        self.undecided = False
+        limits = self.call.capacity[self.index]
+        return acts and any(held > limit for held, limit in zip(self.store.held_by_row(), limits, strict=True))
+
+    def begin_rehearsal(self, foresees: bool) -> None:
+        """From here on tokens are added that `end_rehearsal` takes back; if `foresees`, what they look at is summed."""
+        self._rehearsing = _Rehearsing(self.store.length, self._seen, foresees)
+
+    def end_rehearsal(self) -> None:
+        """Takes the rehearsed tokens back and lets the policy decide by what they looked at."""
+        rehearsing, self._rehearsing = self._rehearsing, None
+        taken_back = (self.store.length - rehearsing.length) * self.store.keys.shape[0]
+        self.store.crop(rehearsing.length)
+        self._seen = rehearsing.seen
+        self._record("crop", taken_back)
+        if rehearsing.foresight is not None:
+            self._decide(rehearsing.scaling, foresight=rehearsing.foresight)
+
+    def _foresee(self, query: torch.Tensor, scaling: float, options: dict) -> None:
+        """Adds the attention the rehearsed queries give to what was held before them."""
+        self._record("append", query.shape[0] * query.shape[2])
+        rehearsing = self._rehearsing
+        if not rehearsing.foresees:
             return
-        if all(held <= limit for held, limit in zip(self.store.held_by_row(), capacity, strict=True)):
-            return
+        rows = attention_rows(query, self.store.keys, scaling, **options)
+        self._record("score", 0, 2 * rows.numel() * query.shape[3], self.store.keys.nbytes + query.nbytes + rows.nbytes)
+        given = rows[..., : rehearsing.length].sum(3).flatten(1, 2)
+        rehearsing.foresight = given if rehearsing.foresight is None else rehearsing.foresight + given
+        rehearsing.scaling = scaling
+
+    def _decide(self, scaling: float, queries: torch.Tensor | None = None, foresight: torch.Tensor | None = None) -> None:
         self._record("due", 0)
         state = LayerState(
             keys=self.store.keys,
             values=self.store.values,
             positions=self.store.positions,
-            capacity=torch.tensor(capacity, device=query.device),
+            capacity=torch.tensor(self.call.capacity[self.index], device=self.store.keys.device),
             scaling=scaling,
             layer=self.index,
             num_layers=self.num_layers,
             phase=self.call.phase,
-            queries=query if QUERIES in self.policy.needs else None,
+            queries=queries,
             mass=self.store.mass,
             rotation=self.rotation,
+            foresight=foresight,
         )
         flops, moved = self.policy.scoring_cost(state)
         if flops or moved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import torch
 
 from workbench.probes.rotation import Rotation
 
-QUERIES, MASS, ROTATION = "queries", "mass", "rotation"
+QUERIES, MASS, ROTATION, FORESIGHT = "queries", "mass", "rotation", "foresight"
 """What a method may need beyond keys, values and positions."""
 
 
@@ -40,6 +41,8 @@ class LayerState:
     """`[B, H, N]` attention each token has received in its life, summed over the group's query heads, if needed."""
     rotation: Rotation | None = None
     """How the layer rotates queries and keys by position, if the method needs it."""
+    foresight: torch.Tensor | None = None
+    """`[B, Hq, N]` attention each token received from the rehearsed tokens, summed over them, if the method needs it."""
 
     @property
     def occupied(self) -> torch.Tensor:
@@ -52,12 +55,24 @@ class LayerState:
         return self.positions.amax((1, 2), keepdim=True)
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """Tokens to run after the text and take back, so that a method sees what they look at."""
+
+    count: int
+    """Tokens a row."""
+    tokens: tuple[tuple[int, ...], ...] | None = None
+    """Token ids of each row; None: the model's own greedy continuation, one by one."""
+    shift: int = 0
+    """Added to the positions the tokens are rotated by; without it they follow the text."""
+
+
 class CachePolicy(Protocol):
     """A cache method as the engine uses it."""
 
     name: str
     needs: frozenset[str]
-    """Of `queries`, `mass` and `rotation`."""
+    """Of `queries`, `mass`, `rotation` and `foresight`."""
     acts: frozenset[str]
     """The phases after whose attention the method decides."""
 
@@ -67,6 +82,10 @@ class CachePolicy(Protocol):
 
     def allocate(self, prompt_tokens: int, num_layers: int) -> list[int] | None:
         """The same for each of the layers the method acts on, first to last."""
+        ...
+
+    def rehearsal(self, rows: Sequence[Sequence[int]]) -> Rehearsal:
+        """What to rehearse after a text, given as the tokens of each row, if the method needs foresight."""
         ...
 
     def keep(self, state: LayerState) -> torch.Tensor:

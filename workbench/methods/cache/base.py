@@ -5,13 +5,14 @@ Shapes: B batch, Hq query heads, H kv heads, G = Hq / H, N slots, W observed que
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from workbench.engine.policy import LayerState
+from workbench.engine.policy import LayerState, Rehearsal
 from workbench.methods.base import Budget, Method, resolve_budget
 from workbench_kernels.attention_rows import attention_rows
 
@@ -36,6 +37,10 @@ class CacheMethod(Method):
     def allocate(self, prompt_tokens: int, num_layers: int) -> list[int]:
         """The same for each of the layers the method acts on, first to last: here as much for each."""
         return [self.capacity(prompt_tokens)] * num_layers
+
+    def rehearsal(self, rows: Sequence[Sequence[int]]) -> Rehearsal:
+        """What to rehearse after a text, given as the tokens of each row. Only methods that need foresight define it."""
+        raise TypeError(f"{type(self).__name__} must say what it rehearses: define rehearsal(rows).")
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head."""
@@ -96,3 +101,24 @@ def pool_scores(scores: torch.Tensor, kind: str, size: int) -> torch.Tensor:
     """Pools along the last axis with stride 1, so that a high score lifts its neighbours. Average counts zero padding."""
     pool = F.max_pool1d if kind == "max" else F.avg_pool1d
     return pool(scores.flatten(0, -2), size, stride=1, padding=size // 2).view_as(scores)
+
+
+def pseudo_tokens(rows: Sequence[Sequence[int]], count: int, prefix: int) -> tuple[tuple[int, ...], ...]:
+    """`count` tokens a row that resemble its text: the first `prefix` and the last others, repeated where it is short."""
+    first = min(prefix, count)
+    last = count - first
+    chosen = []
+    for row in rows:
+        repeated = [*row] * -(-count // len(row))
+        chosen.append((*repeated[:first], *repeated[len(repeated) - last :]))
+    return tuple(chosen)
+
+
+def foreseen_scores(state: LayerState, pooling: str, kernel: int, keep_recent: int) -> torch.Tensor:
+    """Scores `[B, H, N]`: attention from the rehearsed tokens, pooled unless `off`, averaged over a group.
+
+    The last `keep_recent` tokens score infinity, as far as the budget reaches.
+    """
+    scores = state.foresight if pooling == "off" else pool_scores(state.foresight, pooling, kernel)
+    is_recent = recent(state, state.capacity.clamp(max=keep_recent))
+    return reduce_heads(scores, state.keys.shape[1]).masked_fill(is_recent, torch.inf)
