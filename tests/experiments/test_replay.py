@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import workbench as wb
-from workbench.engine.policy import ROTATION
+from workbench.engine.policy import ROTATION, THINNING
 from workbench.methods import METHODS
 from workbench.testing import ids, random_llama, random_model
 
@@ -17,7 +17,7 @@ PROMPT, NEW = 40, 10
 CACHE = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
 LIVE_ONLY = {"dapq"}
 """Methods that rehearse tokens no recording holds, unless told otherwise."""
-EVICTING = [cls for cls in CACHE if ROTATION not in cls.needs and cls.name not in LIVE_ONLY]
+EVICTING = [cls for cls in CACHE if not {ROTATION, THINNING} & cls.needs and cls.name not in LIVE_ONLY]
 
 
 def small(cls, budget=0.5):

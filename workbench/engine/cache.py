@@ -16,7 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from workbench.engine.call import Call
-from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, CachePolicy, LayerState
+from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
 from workbench.probes.rotation import Rotation, rotations
@@ -132,8 +132,12 @@ class EngineLayer(CacheLayerMixin):
         if self.attention.window is not None:
             self.store.keep_last(self.attention.window - 1)
         self._record("append", query.shape[0] * query.shape[2])
-        if self.policy is not None and FORESIGHT not in self.policy.needs and self.is_due():
-            self._decide(scaling, queries=query if QUERIES in self.policy.needs else None)
+        if self.policy is not None and FORESIGHT not in self.policy.needs:
+            if self.is_due():
+                self._decide(scaling, queries=query if QUERIES in self.policy.needs else None)
+            elif self.call.thinned is not None:
+                self._record("due", 0)
+                self._record("evict", self._record_absent())
         return out.transpose(1, 2), None
 
     def swap(self, policy: CachePolicy | None) -> None:
@@ -231,13 +235,33 @@ class EngineLayer(CacheLayerMixin):
         flops, moved = self.policy.scoring_cost(state)
         if flops or moved:
             self._record("score", 0, flops, moved)
-        keep = self.policy.keep(state) & state.occupied
+        num_absent = self._record_absent()
+        keep = (self._keep_and_thin(state) if self._thins() else self.policy.keep(state)) & state.occupied
         dropped = torch.where(keep, -1, state.positions)
         num_dropped = int((dropped >= 0).sum())
-        if num_dropped:
-            moved = self.store.keep(keep)
-            self._record("evict", num_dropped, 0, moved)
+        if num_dropped or num_absent:
+            moved = self.store.keep(keep) if num_dropped else 0
+            self._record("evict", num_dropped + num_absent, 0, moved)
             self.call.record_evictions(self.index, dropped)
+
+    def _thins(self) -> bool:
+        """Whether only some tokens of a prompt go on after this layer."""
+        policy = self.policy
+        thins = self.call.phase == "prefill" and THINNING in policy.needs
+        return thins and policy.thins_after(self.num_layers) == self.index
+
+    def _keep_and_thin(self, state: LayerState) -> torch.Tensor:
+        keep, passing = self.policy.keep_and_pass(state)
+        self.call.thin(passing)
+        return keep
+
+    def _record_absent(self) -> int:
+        """Writes the tokens that did not reach this layer as evicted from it. Returns how many, over rows and kv heads."""
+        if self.call.thinned is None:
+            return 0
+        absent = self.call.thinned.absent[:, None].expand(-1, self.attention.num_kv_heads, -1)
+        self.call.record_evictions(self.index, absent)
+        return int((absent >= 0).sum())
 
     def _record(self, op: str, op_tokens: int, extra_flops: int = 0, extra_bytes: int = 0) -> None:
         row = (op, op_tokens, self.store.held_tokens(), self.store.nbytes, self._nominal_bytes(), extra_flops, extra_bytes)

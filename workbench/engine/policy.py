@@ -10,7 +10,7 @@ import torch
 
 from workbench.probes.rotation import Rotation
 
-QUERIES, MASS, ROTATION, FORESIGHT = "queries", "mass", "rotation", "foresight"
+QUERIES, MASS, ROTATION, FORESIGHT, THINNING = "queries", "mass", "rotation", "foresight", "thinning"
 """What a method may need beyond keys, values and positions."""
 
 
@@ -72,7 +72,7 @@ class CachePolicy(Protocol):
 
     name: str
     needs: frozenset[str]
-    """Of `queries`, `mass`, `rotation` and `foresight`."""
+    """Of `queries`, `mass`, `rotation`, `foresight` and `thinning`."""
     acts: frozenset[str]
     """The phases after whose attention the method decides."""
 
@@ -90,6 +90,14 @@ class CachePolicy(Protocol):
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]` bool: the tokens that stay."""
+        ...
+
+    def thins_after(self, num_layers: int) -> int | None:
+        """The layer whose tokens do not all go on to later layers, if the method needs thinning; None: they all do."""
+        ...
+
+    def keep_and_pass(self, state: LayerState) -> tuple[torch.Tensor, torch.Tensor]:
+        """In that layer: what `keep` returns, and `[B, N]` bool: the tokens of this call that go on."""
         ...
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from workbench.engine.check import check_engine
 from workbench.engine.policy import FORESIGHT, Rehearsal
 from workbench.engine.rehearsal import rehearse
 from workbench.engine.setup import Method, Setup
+from workbench.engine.thinning import check_thinning, thinners
 from workbench.errors import UserError
 from workbench.models.anatomy import accepts_logits_to_keep
 from workbench.probes.attention import attention_configs
@@ -98,6 +99,7 @@ class Session:
             "device_period_s": self._devices.period_s,
         }
         self._call = Call(TraceWriter(meta, Path(out) if out is not None else None), step=-1, importance=importance)
+        check_thinning(lm.model, lm.anatomy, self.setup.cache)
         self._cache = engine_cache(lm.model, lm.anatomy, self.setup.cache, self._call)
         self._routing = RoutingProbe(lm.model)
         self._spans = SpanProbe(lm.model) if spans else None
@@ -223,6 +225,7 @@ class Session:
             return
         writer = self._call.writer
         change = {"step": self._call.step + 1, "from": self.setup.label, "to": new.label}
+        check_thinning(self.lm.model, self.lm.anatomy, new.cache)
         swap_policy(self.lm.model, self._cache, new.cache)
         self.setup = new
         self._set_capacity()
@@ -301,6 +304,7 @@ class Session:
         call, device = self._call, self._device
         call.step += 1
         call.phase, call.positions, call.seen, call.has_padding = phase, positions, seen, has_padding
+        call.thinned = None
         try:
             with self._attached():
                 if self._spans:
@@ -320,7 +324,7 @@ class Session:
         except BaseException:
             call.writer.leave_out(call.step, phase, len(positions), positions.numel())
             raise
-        self._record(out.logits.shape[1], started, duration)
+        self._record(positions.shape, out.logits.shape[1], started, duration)
         return logits
 
     def _rehearsal(self, rows: list[list[int]], phase: str) -> Rehearsal | None:
@@ -354,7 +358,11 @@ class Session:
     def _attached(self):
         self._devices.start()
         with engine_attention(self._configs):
-            probes = [self._routing, *([self._spans] if self._spans else [])]
+            probes = [
+                self._routing,
+                *([self._spans] if self._spans else []),
+                *thinners(self.lm.model, self.setup.cache, self._call),
+            ]
             try:
                 for probe in probes:
                     probe.attach()
@@ -364,10 +372,10 @@ class Session:
                 for probe in probes:
                     probe.detach()
 
-    def _record(self, logits_length: int, started: int, duration: int) -> None:
+    def _record(self, shape: torch.Size, logits_length: int, started: int, duration: int) -> None:
         call = self._call
         add = call.writer.add
-        batch, length = call.positions.shape
+        batch, length = shape
         context = max(call.seen)
         tokens, logits = batch * length, batch * logits_length
         timing = (started, duration, None)

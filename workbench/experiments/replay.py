@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from workbench.engine.cache import acting_layers
-from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, CachePolicy, LayerState
+from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
 from workbench.methods.base import Budget, Method, parse_method
@@ -70,6 +70,10 @@ def _at_budgets(given: Method | str, budgets: list[Budget], recording: Recording
         raise UserError(f"{given!r} has no budget to replay; give methods that evict, such as 'h2o' or wb.SnapKV(window=16).")
     if ROTATION in method.needs:
         raise UserError(f"{method.name!r} needs to know how the model rotates keys, which no recording holds; run it live.")
+    if THINNING in method.needs:
+        raise UserError(
+            f"{method.name!r} changes what later layers compute, so a dense recording cannot serve it; run it live."
+        )
     if FORESIGHT in method.needs:
         _check_foresight(method, recording)
     return [dataclasses.replace(method, budget=budget) for budget in budgets]
