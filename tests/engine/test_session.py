@@ -10,7 +10,8 @@ import torch
 import workbench as wb
 from workbench.testing import ids
 
-METHODS = [wb.Dense(), *(cls(budget=0.4) for cls in wb.METHODS.values() if cls.slot == "cache" and cls is not wb.Dense)]
+EVICTING = [cls for cls in wb.METHODS.values() if cls.slot == "cache" and cls is not wb.Dense and cls is not wb.LookaheadKV]
+METHODS = [wb.Dense(), wb.LookaheadKV(budget=0.4, mode="pseudo"), *(cls(budget=0.4) for cls in EVICTING)]
 
 
 def plain_generate(lm: wb.LM, prompt: torch.Tensor, num_tokens: int) -> list[int]:

@@ -220,3 +220,14 @@ def test_a_replay_is_refused(lm):
     recording = wb.record(lm, ids(PROMPT), new_tokens=2)
     with pytest.raises(wb.UserError, match="changes what later layers compute"):
         wb.replay(recording, ["fastkv"])
+
+
+THINNABLE = (
+    "llama qwen2 qwen3 phi3 gpt_neox olmo2 starcoder2 smollm3 mixtral qwen2_moe qwen3_moe olmoe granitemoe llama4_text opt"
+)
+
+
+@pytest.mark.parametrize("family", THINNABLE.split())
+def test_many_families_can_be_thinned(tiny, family):
+    session = prefilled(wb.load((random_model(family), tiny.tokenizer)), wb.FastKV(budget=0.3, rate=0.5))
+    assert session.trace.table("attention")["q_len"].tolist() == [40, 40, 20]

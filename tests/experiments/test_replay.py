@@ -15,7 +15,7 @@ from workbench.testing import ids, random_llama, random_model
 
 PROMPT, NEW = 40, 10
 CACHE = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
-LIVE_ONLY = {"dapq"}
+LIVE_ONLY = {"dapq", "lookahead-kv"}
 """Methods that rehearse tokens no recording holds, unless told otherwise."""
 EVICTING = [cls for cls in CACHE if not {ROTATION, THINNING} & cls.needs and cls.name not in LIVE_ONLY]
 

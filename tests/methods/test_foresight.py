@@ -138,6 +138,6 @@ def test_a_replay_serves_the_continuation_and_no_other_rehearsal(lm):
     assert (same.gone == point.gone).all()
     with pytest.raises(wb.UserError, match="looks 32 tokens ahead and the recording has 6; record with new_tokens=32"):
         wb.replay(recording, ["oracle"])
-    for text in ("dapq", "dapq:source=continuation,positions=prompt,tokens=6"):
+    for text in ("dapq", "lookahead-kv", "lookahead-kv:mode=pseudo", "dapq:source=continuation,positions=prompt,tokens=6"):
         with pytest.raises(wb.UserError, match="rehearses tokens of its own"):
             wb.replay(recording, [text])

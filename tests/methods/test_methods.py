@@ -30,8 +30,9 @@ def lm(request, tiny) -> wb.LM:
 
 
 def small(cls, budget):
-    """The method with knobs that fit prompts of a few dozen tokens."""
-    return cls(budget=budget, **({"window": 8} if "window" in cls.__dataclass_fields__ else {}))
+    """The method with knobs that fit prompts of a few dozen tokens, and models nothing was trained for."""
+    fitting = {"window": 8, "mode": "pseudo"}
+    return cls(budget=budget, **{name: value for name, value in fitting.items() if name in cls.__dataclass_fields__})
 
 
 def kept(session: wb.Session, layer: int, head: int) -> set[int]:

@@ -194,6 +194,10 @@ class EngineLayer(CacheLayerMixin):
         """From here on tokens are added that `end_rehearsal` takes back; if `foresees`, what they look at is summed."""
         self._rehearsing = _Rehearsing(self.store.length, self._seen, foresees)
 
+    def record_adapter(self, flops: int, read_bytes: int) -> None:
+        """Writes what adapters on the rehearsed tokens cost in this layer."""
+        self._record("score", 0, flops, read_bytes)
+
     def end_rehearsal(self) -> None:
         """Takes the rehearsed tokens back and lets the policy decide by what they looked at."""
         rehearsing, self._rehearsing = self._rehearsing, None

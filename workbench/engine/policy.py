@@ -59,12 +59,14 @@ class LayerState:
 class Rehearsal:
     """Tokens to run after the text and take back, so that a method sees what they look at."""
 
-    count: int
-    """Tokens a row."""
+    count: int = 0
+    """Tokens a row; those trained for the model know how many they are."""
     tokens: tuple[tuple[int, ...], ...] | None = None
     """Token ids of each row; None: the model's own greedy continuation, one by one."""
     shift: int = 0
     """Added to the positions the tokens are rotated by; without it they follow the text."""
+    trained: bool = False
+    """Whether the tokens are the soft ones trained for the model (`workbench.models.lookahead`)."""
 
 
 class CachePolicy(Protocol):

@@ -21,8 +21,7 @@ from workbench.engine.attention import engine_attention
 from workbench.engine.cache import allocate, engine_cache, swap_policy
 from workbench.engine.call import Call
 from workbench.engine.check import check_engine
-from workbench.engine.policy import FORESIGHT, Rehearsal
-from workbench.engine.rehearsal import rehearse
+from workbench.engine.rehearsal import plan, rehearse
 from workbench.engine.setup import Method, Setup
 from workbench.engine.thinning import check_thinning, thinners
 from workbench.errors import UserError
@@ -268,9 +267,10 @@ class Session:
         """One forward call of the model over `rows`, padded on the left to one length."""
         if self._interrupted:
             raise UserError("An earlier call of this session did not finish, so its cache is incomplete; start a new Session.")
-        rehearsal = self._rehearsal(rows, phase)
+        known = self._tokens or [[] for _ in rows]
+        rehearsal = plan(self.lm, self.setup.cache, self._cache.layers, self._call, phase, known, rows)
         self._interrupted = True
-        self._tokens = self._tokens or [[] for _ in rows]
+        self._tokens = known
         device = self._device
         length = max(map(len, rows))
         padding = [length - len(row) for row in rows]
@@ -282,8 +282,8 @@ class Session:
         seen = [before + len(row) for before, row in zip(past, rows, strict=True)]
         logits = self._run(phase, positions.clamp(min=-1), seen, rotated, has_padding=any(padding), input_ids=ids)
         self._record_tokens(rows)
-        for known, row in zip(self._tokens, rows, strict=True):
-            known += row
+        for before, row in zip(known, rows, strict=True):
+            before += row
         self._logits = logits
         if rehearsal is not None:
             rehearse(rehearsal, self._cache.layers, self._call, logits, self._run)
@@ -326,29 +326,6 @@ class Session:
             raise
         self._record(positions.shape, out.logits.shape[1], started, duration)
         return logits
-
-    def _rehearsal(self, rows: list[list[int]], phase: str) -> Rehearsal | None:
-        """What the method in charge rehearses after these new tokens, if it may have to decide then.
-
-        Raises UserError if the model's context has no room for it.
-        """
-        policy, context = self.setup.cache, self.lm.anatomy.max_positions
-        if policy is None or FORESIGHT not in policy.needs:
-            return None
-        if phase not in policy.acts and not any(layer.undecided for layer in self._cache.layers):
-            return None
-        text = [known + row for known, row in zip(self._tokens or [[] for _ in rows], rows, strict=True)]
-        capacity = self._call.capacity.values()
-        if not any(limit < len(row) for limits in capacity for limit, row in zip(limits, text, strict=True)):
-            return None
-        rehearsal = policy.rehearsal(text)
-        longest = max(map(len, text)) + max(rehearsal.count + rehearsal.shift, 0)
-        if context is not None and longest > context:
-            raise UserError(
-                f"{policy.name!r} rehearses {rehearsal.count} tokens after the text, {longest} in all, and {self.lm.name} has "
-                f"a context of {context}; shorten the prompt."
-            )
-        return rehearsal
 
     def _set_capacity(self) -> None:
         """Resolves the budget of the method in charge for the prompt of each row."""

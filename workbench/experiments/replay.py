@@ -82,7 +82,7 @@ def _at_budgets(given: Method | str, budgets: list[Budget], recording: Recording
 def _check_foresight(method: CacheMethod, recording: Recording) -> None:
     """A recording holds the model's own continuation, as far as it was recorded, and no other rehearsal."""
     rehearsal = method.rehearsal([recording.trace.table("tokens")["id"].tolist()[: recording.prompt_tokens]])
-    if rehearsal.tokens is not None or rehearsal.shift:
+    if rehearsal.tokens is not None or rehearsal.shift or rehearsal.trained:
         raise UserError(f"{method.label!r} rehearses tokens of its own, which no recording holds; run it live.")
     if rehearsal.count > recording.steps:
         raise UserError(
