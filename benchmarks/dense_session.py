@@ -2,7 +2,7 @@
 
 usage: python benchmarks/dense_session.py [--model tiny-dense] [--context 2048] [--new-tokens 64] [--pairs 7]
 
-`--model random-8x512` is a Llama with random weights: 8 layers, hidden size 512, 8 query and 2 kv heads of 64.
+`--model random-8x512` is a Llama with random weights (`random_model.py`).
 
 Both decode the same tokens after the same prompt, greedily, in turns within one process; the first pair is a warm-up. Prints
 the median seconds of the whole and of the decoded tokens after the first, and the medians of the pairwise ratios (below 1: the
@@ -16,7 +16,7 @@ import time
 from statistics import median
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_model import load
 from transformers.generation.streamers import BaseStreamer
 
 import workbench as wb
@@ -61,17 +61,6 @@ def session(lm: wb.LM, prompt: torch.Tensor, new_tokens: int) -> tuple[float, fl
     running.prefill(prompt)
     ids = running.generate(new_tokens, on_token=lambda _: times.append(time.perf_counter()), stop_at_end=False).ids[0]
     return times[-1] - started, times[-1] - times[0], list(ids)
-
-
-def load(name: str, context: int) -> wb.LM:
-    """A model by name."""
-    if name != "random-8x512":
-        return wb.load(name)
-    tokenizer = wb.load("tiny-dense").tokenizer
-    sizes = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1408)
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2 * context, eos_token_id=None, **sizes)
-    return wb.load((LlamaForCausalLM(config), tokenizer))
 
 
 def main() -> None:

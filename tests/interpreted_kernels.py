@@ -10,6 +10,7 @@ import torch
 
 from workbench_kernels.column_mass import column_mass_reference, launch_column_mass
 from workbench_kernels.decode_attention import decode_attention, decode_attention_reference, launch_decode_attention
+from workbench_kernels.ragged_decode_attention import launch_ragged_decode_attention, ragged_decode_attention_reference
 
 # B, Hq, H, Q, N, D: odd lengths, one query, a past, MQA, GQA, MHA, head sizes that are no power of two
 SIZES = [(1, 2, 2, 1, 1, 16), (2, 4, 2, 63, 63, 8), (1, 6, 1, 65, 130, 16), (1, 4, 4, 33, 100, 24), (1, 2, 1, 128, 128, 64)]
@@ -74,3 +75,20 @@ def test_decode_attention(new_memory_is_nan, size, masked):
     assert expected[2].sum(-1).flatten().tolist() == pytest.approx(
         [1.0] * expected[2].shape[0] * expected[2].shape[1], abs=1e-4
     )
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 1], [513, 2, 64, 1030], [17, 33, 700]], ids=str)
+@pytest.mark.parametrize(("group", "dim", "value_dim"), [(1, 16, 16), (3, 24, 8), (4, 64, 64)])
+def test_ragged_decode_attention(new_memory_is_nan, lengths, group, dim, value_dim):
+    """Each head of its own length, with slots in reserve behind it that no one may read."""
+    torch.manual_seed(0)
+    reserve = 3
+    starts = torch.tensor([0, *(length + reserve for length in lengths[:-1])]).cumsum(0)
+    ends = starts + torch.tensor(lengths)
+    key, value = (torch.full((int(ends[-1]) + reserve, size), torch.nan) for size in (dim, value_dim))
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        key[start:end], value[start:end] = torch.randn(end - start, dim), torch.randn(end - start, value_dim)
+    query = torch.randn(1, group * len(lengths), 1, dim)
+    expected = ragged_decode_attention_reference(query, key, value, starts, ends, 0.2)
+    got = launch_ragged_decode_attention(query, key, value, starts, ends, 0.2, longest=max(lengths))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

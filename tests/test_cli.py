@@ -72,6 +72,36 @@ def test_compare_json(run, tmp_path):
     assert len(wb.Comparison.load(tmp_path / "cmp").rows) == 3
 
 
+def test_replay_json_and_again_from_disk(run, tmp_path):
+    options = ("--method", "h2o", "--method", "snapkv:window=8", "--budget", "0.3", "--budget", "20", "--json")
+    code, out, _ = run("replay", "--prompt-tokens", "60", "--new-tokens", "4", "--out", "rec", *options)
+    result = json.loads(out)
+    assert code == 0 and result["recording"] == "rec" and result["about"]["prompt_tokens"] == 60
+    setups = [(row["method"], row["budget"]) for row in result["rows"]]
+    assert setups == [("h2o", 0.3), ("h2o", 20), ("snapkv(window=8)", 0.3), ("snapkv(window=8)", 20)]
+    assert all(0 < row["mass_retained"] <= row["oracle_mass"] <= 1 for row in result["rows"])
+    code, out, _ = run("replay", "--recording", "rec", *options)
+    assert code == 0 and json.loads(out)["rows"] == result["rows"]
+    code, out, _ = run("replay", "--recording", "rec")
+    assert code == 0 and "best possible" in out and "60 + 4 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--budget", "lots"), "--budget cannot be 'lots'"),
+        (("--budget", "1.5"), "cannot be 1.5"),
+        (("--method", "dense"), "no budget to replay"),
+        (("--new-tokens", "0"), "0 new tokens"),
+        (("--recording", "nowhere"), "is not a trace"),
+        (("--prompt-tokens", "0"), "--prompt-tokens cannot be 0"),
+    ],
+)
+def test_a_wrong_replay_is_one_sentence(run, arguments, message):
+    code, out, err = run("replay", *arguments)
+    assert code == 2 and not out and message in err and "Traceback" not in err
+
+
 def test_export(run, tmp_path):
     run("profile", "--prompt-tokens", "20", "--new-tokens", "2")
     code, out, _ = run("export", "run.trace", "--out", "run.json", "--json")

@@ -11,6 +11,7 @@ from workbench_kernels import attention_rows as rows_module
 from workbench_kernels.attention_rows import attention_rows, blockwise_attention
 from workbench_kernels.column_mass import column_mass, column_mass_flops
 from workbench_kernels.decode_attention import decode_attention
+from workbench_kernels.ragged_decode_attention import ragged_decode_attention, ragged_decode_attention_reference
 
 SIZES = [(1, 4, 4, 5, 5, 8), (2, 4, 2, 1, 37, 8), (1, 6, 1, 33, 70, 16), (3, 4, 2, 63, 63, 8), (1, 2, 2, 100, 131, 4)]
 
@@ -81,3 +82,25 @@ def test_padding_queries_give_no_mass(tensors):
 def test_flops():
     # 2 rows x 4 heads x 3 queries x 5 slots x 8, a multiply-add is 2: 2 * 2 * 4 * 3 * 5 * 8
     assert column_mass_flops(2, 4, 3, 5, 8) == 1920
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("lengths", [[1, 9], [70, 3], [5, 5]], ids=str)
+def test_ragged_decode_equals_eager_over_each_head(batch, lengths):
+    """Heads of a length each, two rows, three query heads a kv head, and slots in reserve that are not numbers."""
+    torch.manual_seed(0)
+    lengths = [length + row for row in range(batch) for length in lengths]
+    starts = torch.tensor([0, *(length + 2 for length in lengths[:-1])]).cumsum(0)
+    ends = starts + torch.tensor(lengths)
+    flat = torch.full((2, int(ends[-1]) + 2, 8), torch.nan)
+    keys, values = ([torch.randn(1, 1, length, 8) for length in lengths] for _ in range(2))
+    for head, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        flat[0, start:end], flat[1, start:end] = keys[head][0, 0], values[head][0, 0]
+    query = torch.randn(batch, 6, 1, 8)
+    heads = query.view(-1, 1, 3, 1, 8)
+    each = [eager(q, k, 0.3) @ v for q, k, v in zip(heads, keys, values, strict=True)]
+    expected = torch.stack(each).view(batch, 6, 1, 8)
+    got = ragged_decode_attention(query, *flat, starts, ends, 0.3, longest=max(lengths))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    reference = ragged_decode_attention_reference(query, *flat, starts, ends, 0.3)
+    torch.testing.assert_close(reference, expected, atol=1e-5, rtol=1e-5)

@@ -12,6 +12,7 @@ import pytest
 
 from workbench_kernels import column_mass as column_mass_module
 from workbench_kernels import decode_attention as decode_module
+from workbench_kernels import ragged_decode_attention as ragged_module
 from workbench_kernels.jit import tiles_for
 
 triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -39,6 +40,11 @@ KERNELS = {
         decode_module._decode_attention_kernel,
         "query_ptr key_ptr value_ptr *u8:occupied_ptr *fp32:part_ptr *fp32:part_lse_ptr *fp32:scores_ptr",
         dict(GROUP=4, GROUP_ROWS=16, HEAD_DIM=0, VALUE_DIM=0, WIDTH=0, CHUNK=0, COLUMNS=0, STRETCH=512, OCCUPIED=True),
+    ),
+    "ragged_decode_attention": (
+        ragged_module._ragged_decode_attention_kernel,
+        "query_ptr key_ptr value_ptr *i64:starts_ptr *i64:ends_ptr *fp32:part_ptr *fp32:part_lse_ptr",
+        dict(GROUP=4, GROUP_ROWS=16, HEAD_DIM=0, VALUE_DIM=0, WIDTH=0, CHUNK=0, COLUMNS=0, STRETCH=512),
     ),
 }
 

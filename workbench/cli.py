@@ -225,6 +225,62 @@ def hardware_sheets(
 
 
 @app.command()
+def replay(
+    model: Model = "tiny-dense",
+    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 text file with the prompt.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Without a prompt: this many tokens of standard-library text.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode; the replay is measured on them.")] = 32,
+    method: Annotated[list[str] | None, typer.Option(help="NAME:knob=value,…; may be given several times.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="0.2 of the prompt or 128 tokens; may be given several times.")
+    ] = None,
+    recording: Annotated[Path | None, typer.Option(help="Replay this saved recording instead of making one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to save the recording in.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Record a dense run once, and show what each method would have kept of it at each budget."""
+    from workbench.experiments.record import record
+    from workbench.experiments.replay import BUDGETS
+    from workbench.experiments.replay import replay as run
+    from workbench.models.load import load
+    from workbench.trace.recording import Recording
+
+    methods, budgets = method or list(DEMO_METHODS), [_budget(text) for text in budget or []] or list(BUDGETS)
+    text = _prompt_text(prompt, prompt_file)
+    if recording is not None:
+        recorded = Recording.load(recording)
+    else:
+        if out is not None:
+            _check_writable(out)
+        if text is None and prompt_tokens < 1:
+            raise UserError(f"--prompt-tokens cannot be {prompt_tokens}; ask for 1 or more.")
+        lm = load(model)
+        recorded = record(lm, _prompt_ids(lm, text, prompt_tokens), new_tokens=new_tokens)
+    replayed = run(recorded, methods, budgets)
+    if out is not None:
+        recorded.save(out)
+    rows = replayed.curves().to_dict("records")
+    if as_json:
+        _print_json({"about": replayed.about, "rows": rows, "recording": None if out is None else str(out)})
+        return
+    from workbench.plots.theme import human_bytes
+
+    size = f"{recorded.prompt_tokens} + {recorded.steps} tokens, {len(recorded.layers)} layers"
+    _out.print(f"[bold]{replayed.about['model']}[/bold], {size}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for name in ("method", "budget", "mass retained", "best possible", "output error", "KV held"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        shares = [f"{row[name]:.3f}" for name in ("mass_retained", "oracle_mass", "output_error")]
+        table.add_row(row["method"], str(row["budget"]), *shares, human_bytes(row["bytes"]))
+    _out.print(table)
+    _out.print("Shares of attention, and of the attention output's length; means over layers, heads and steps.", style="dim")
+    if out is not None:
+        _out.print(f"Recording: {out}", highlight=False)
+
+
+@app.command()
 def export(
     trace: Annotated[Path, typer.Argument(help="A trace folder.")],
     out: Annotated[Path, typer.Option(help="A .json file for Perfetto, or a folder for CSV files.")],
@@ -444,6 +500,15 @@ def _print_comparison(comparison: Comparison) -> None:
     _out.print("KL to dense: nats a token. TTFT, TPOT: ms. Fired: layers and steps acted on, of those due.", style="dim")
     if about["sliding_layers"]:
         _out.print(f"{about['sliding_layers']} sliding-window layers were left alone.", style="dim")
+
+
+def _budget(text: str) -> float | int:
+    try:
+        return int(text) if text.strip().isdigit() else float(text)
+    except ValueError:
+        raise UserError(
+            f"--budget cannot be {text!r}; write a fraction such as 0.2, or a number of tokens such as 128."
+        ) from None
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str | None:

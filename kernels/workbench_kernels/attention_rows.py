@@ -48,7 +48,8 @@ def attention_rows(
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     lowest = torch.finfo(scores.dtype).min
-    _hide(scores, window, lowest)
+    if num_queries > 1 or window is not None:
+        _hide(scores, window, lowest)
     if occupied is not None:
         scores.masked_fill_(~occupied[:, :, None, None], lowest)
     if sinks is None:

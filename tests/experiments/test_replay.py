@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import workbench as wb
+import workbench.experiments.replay as replaying
 from workbench.engine.policy import ROTATION, THINNING
 from workbench.methods import METHODS
 from workbench.testing import ids, random_llama, random_model
@@ -22,7 +23,7 @@ EVICTING = [cls for cls in CACHE if not {ROTATION, THINNING} & cls.needs and cls
 
 def small(cls, budget=0.5):
     """The method with knobs that fit prompts of a few dozen tokens."""
-    fitting = {"window": 8, "horizon": NEW}
+    fitting = {"window": 2 if cls.name == "lazy-eviction" else 8, "mode": "pseudo", "horizon": NEW}
     return cls(budget=budget, **{name: value for name, value in fitting.items() if name in cls.__dataclass_fields__})
 
 
@@ -136,6 +137,31 @@ def test_budgets_replayed_together_are_those_replayed_alone(recording, cls):
     for budget, point in zip(budgets, together.points, strict=True):
         (alone,) = wb.replay(recording, [small(cls)], [budget]).points
         assert np.array_equal(point.gone, alone.gone) and np.array_equal(point.held_bytes, alone.held_bytes)
+
+
+def test_layers_side_by_side_give_what_they_give_one_after_another(recording):
+    methods = [small(cls) for cls in EVICTING]
+    alone = wb.replay(recording, methods, [0.3]).curves()
+    recording.derived.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = wb.replay(recording, methods, [0.3]).curves()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert together.equals(alone)
+
+
+def test_what_a_replay_worked_out_stays_with_the_recording_if_there_is_room(lm, monkeypatch):
+    recording = wb.record(lm, ids(PROMPT), new_tokens=NEW)
+    monkeypatch.setattr(replaying, "KEPT_BYTES", 0)
+    first = wb.replay(recording, ["h2o", "snapkv"], [0.3]).curves()
+    assert not recording.derived
+    monkeypatch.undo()
+    again = [wb.replay(recording, ["h2o", "snapkv"], [0.3]).curves() for _ in range(2)]
+    assert set(recording.derived) == {layer.layer for layer in recording.layers}
+    assert all(curves.equals(first) for curves in again)
 
 
 def test_one_token_is_not_the_whole_prompt(recording):

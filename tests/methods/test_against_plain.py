@@ -91,6 +91,28 @@ def pyramidkv(q, k, v, capacity, layer, num_layers):
     return snapkv_sets(q, k, budgets[layer] + window, window, 3, "avg")
 
 
+def adakv(q, k, v, capacity, layer, num_layers):
+    """The layer's best tokens are counted by head; a fifth of the budget is divided evenly, remainders by size."""
+    num_q_heads, num_kv_heads, length = len(q), len(k), len(k[0])
+    group, window = num_q_heads // num_kv_heads, window_of(capacity, length, 5)
+    totals = {}
+    for head in range(num_q_heads):
+        rows = [attention_row(q, k, num_q_heads, head, query, length) for query in range(length - window, length)]
+        votes = [sum(row[j] for row in rows) for j in range(length)]
+        for j in range(length):
+            around = [votes[i] if 0 <= i < length else 0.0 for i in (j - 1, j, j + 1)]
+            totals[head // group, j] = totals.get((head // group, j), 0.0) + sum(around) / 3 / group
+    before = {key: total for key, total in totals.items() if key[1] < length - window}
+    mean = capacity - window
+    chosen = best(before, mean * num_kv_heads)
+    exact = [sum(head == kv_head for head, _ in chosen) * 0.8 + mean * 0.2 for kv_head in range(num_kv_heads)]
+    counts = [math.floor(share + 1e-9) for share in exact]
+    while sum(counts) < mean * num_kv_heads:
+        counts[max(range(num_kv_heads), key=lambda head: exact[head] - counts[head])] += 1
+    own = [{j: total for (head, j), total in before.items() if head == kv_head} for kv_head in range(num_kv_heads)]
+    return [best(scores, count) | set(range(length - window, length)) for scores, count in zip(own, counts, strict=True)]
+
+
 def tova(q, k, v, capacity, layer, num_layers):
     length = len(k[0])
     rows = [attention_row(q, k, len(q), head, length - 1, length) for head in range(len(q))]
@@ -164,6 +186,7 @@ def expected_attention(q, k, v, capacity, layer, num_layers):
 CASES = {
     "snapkv": (dict(window=5, kernel=3), snapkv),
     "pyramidkv": (dict(window=5, kernel=3, pooling="avg"), pyramidkv),
+    "adakv": (dict(window=5, kernel=3, pooling="avg"), adakv),
     "tova": ({}, tova),
     "knorm": ({}, knorm),
     "keydiff": ({}, keydiff),

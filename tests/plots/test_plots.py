@@ -31,6 +31,28 @@ def test_pareto(comparison):
         comparison.pareto(x="setup")
 
 
+def test_replay_curves(tiny):
+    recording = wb.record(tiny, ids(40), new_tokens=6)
+    replay = wb.replay(recording, ["h2o", "snapkv:window=8", "knorm"], [0.25, 20, 1, 1.0])
+    check = wb.check_replay(tiny, recording, replay, points=3)
+    figure = wb.plots.replay_curves(replay, check)
+    lines = {trace.name: trace for trace in figure.data}
+    curves = replay.curves()
+    for method, rows in curves.groupby("method"):
+        assert list(lines[method].x) == [1 / 40, 0.25, 0.5, 1.0]
+        assert sorted(lines[method].y) == sorted(rows["mass_retained"])
+    bounds = [trace for trace in figure.data if trace.name.startswith("best possible")]
+    assert [trace.name for trace in bounds] == ["best possible: h2o", "best possible: snapkv(window=8), knorm"]
+    assert all(trace.line.dash == "dash" for trace in bounds)
+    live = lines["run live"]
+    assert [row[0] for row in live.customdata] == [point.setup for point in check.points]
+    assert set(live.y) <= set(curves["mass_retained"])
+    assert str(check) in figure.layout.title.text
+    assert not any(trace.name == "run live" for trace in wb.plots.replay_curves(replay, y="output_error").data)
+    with pytest.raises(wb.UserError, match="Cannot draw 'kl'"):
+        wb.plots.replay_curves(replay, y="kl")
+
+
 def test_frontier_by_hand(comparison):
     table = comparison.table.iloc[[0, 0, 0, 0]].reset_index(drop=True)
     table["kv_physical_bytes"], table["score"] = [4, 3, 2, 1], [0.9, 0.5, 0.6, 0.1]

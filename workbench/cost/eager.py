@@ -18,7 +18,7 @@ from workbench.trace.anatomy import Anatomy, Layer, Linear
 if TYPE_CHECKING:
     from workbench.trace.trace import Trace
 
-_ENGINE_KERNELS = {"blockwise", "decode"}
+_ENGINE_KERNELS = {"blockwise", "decode", "ragged"}
 _RESIDUALS = 2
 """A layer adds its attention and its MLP to the stream."""
 
@@ -91,6 +91,8 @@ class _Work:
 
 def kind_of(kernel: str, mask: str, q_len: int) -> str:
     """Which of `rates.ATTENTION` a recorded call was."""
+    if kernel == "ragged":  # decode over the mean length; a call a kv head adds little
+        return "decode"
     if kernel in _ENGINE_KERNELS or kernel == "eager":
         return kernel
     if q_len == 1:

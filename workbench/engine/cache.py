@@ -16,7 +16,9 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from workbench.engine.call import Call
-from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState
+from workbench.engine.joint import divide, divides
+from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState, kept_beside
+from workbench.engine.stores.ragged import RaggedStore
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
 from workbench.probes.rotation import Rotation, rotations
@@ -25,6 +27,7 @@ from workbench.trace.schema import REHEARSAL
 from workbench_kernels.attention_rows import attention_rows, blockwise_attention
 from workbench_kernels.column_mass import column_mass, column_mass_flops
 from workbench_kernels.decode_attention import decode_attention
+from workbench_kernels.ragged_decode_attention import ragged_decode_attention
 
 
 @dataclass
@@ -35,7 +38,6 @@ class _Rehearsing:
     seen: int
     foresees: bool
     foresight: torch.Tensor | None = None
-    scaling: float = 1.0
 
 
 class EngineLayer(CacheLayerMixin):
@@ -51,11 +53,12 @@ class EngineLayer(CacheLayerMixin):
         self.policy = policy
         self.call = call
         self.rotation: Rotation | None = None
-        self.store = RectangularStore(with_mass=policy is not None and MASS in policy.needs)
+        self.store: RectangularStore | RaggedStore = RectangularStore(kept_beside(policy))
         self._seen = 0
+        self._scaling = 1.0
+        self._rehearsing: _Rehearsing | None = None
         self.undecided = False
         """Whether the policy came by a swap and has not had its say on what is held."""
-        self._rehearsing: _Rehearsing | None = None
 
     # What transformers asks of a cache layer. Positions and masks are the session's business: it passes its own, so
     # the sizes given here serve no one.
@@ -119,12 +122,13 @@ class EngineLayer(CacheLayerMixin):
         options = {"softcap": softcap, "sinks": s_aux, "occupied": self.store.occupied, "window": self.attention.window}
         asking = self.call.positions >= 0 if self.call.has_padding else None
         out, kernel = self._output(query, scaling, options)
-        self.call.record_attention(self.index, self.attention, query.shape, self.store.length, kernel)
+        slots = self.store.mean_length if kernel == "ragged" else self.store.length
+        self.call.record_attention(self.index, self.attention, query.shape, slots, kernel)
         if self.call.phase == REHEARSAL:
             self._foresee(query, scaling, options)
             return out.transpose(1, 2), None
-        if self.store.mass is not None:
-            self._add_mass(query, scaling, asking, options)
+        if self.observing and MASS in self.policy.needs:
+            self.add_mass(query, scaling, asking=asking, **options)
         if observes(self.call.importance, query.shape[2]):
             mass, window = attention_mass(self.call.importance, query, self.store.keys, scaling, asking=asking, **options)
             spread = by_position(mass, self.store.positions, max(self.call.seen))
@@ -132,23 +136,21 @@ class EngineLayer(CacheLayerMixin):
         if self.attention.window is not None:
             self.store.keep_last(self.attention.window - 1)
         self._record("append", query.shape[0] * query.shape[2])
-        if self.policy is not None and FORESIGHT not in self.policy.needs:
-            if self.is_due():
-                self._decide(scaling, queries=query if QUERIES in self.policy.needs else None)
-            elif self.call.thinned is not None:
-                self._record("due", 0)
-                self._record("evict", self._record_absent())
+        self.rule(query, scaling)
         return out.transpose(1, 2), None
 
     def swap(self, policy: CachePolicy | None) -> None:
         """Puts another policy in charge. It decides on what is held in the next call, even if it does not act in its phase.
 
         Accumulated attention goes on if both policies need it, starts at zero if only the new one does, and is freed
-        if that does not. Slots are put in the order of the text, since a method of prompts may look at a token's neighbours.
+        if that does not; other side state starts anew. Slots are put in the order of the text, since a method of prompts
+        may look at a token's neighbours.
         """
         self.store.sort()
+        if policy is not None and not policy.ragged:
+            self.store = self.store.rectangular()
         self.policy = policy
-        self.store.keep_mass(policy is not None and MASS in policy.needs)
+        self.store.replace_side(kept_beside(policy))
         self.undecided = True
 
     def clone(self, call: Call) -> EngineLayer:
@@ -159,9 +161,11 @@ class EngineLayer(CacheLayerMixin):
 
     def _output(self, query: torch.Tensor, scaling: float, options: dict) -> tuple[torch.Tensor, str]:
         """Attention output `[B, Hq, Q, Dv]` and the kernel that computed it, which no method has a say in."""
-        keys, values, occupied = self.store.keys, self.store.values, options["occupied"]
         num_queries, window = query.shape[2], options["window"]
         plain = options["softcap"] is None and options["sinks"] is None
+        if plain and num_queries == 1 and isinstance(self.store, RaggedStore):
+            return ragged_decode_attention(query, *self.store.flat, scaling, longest=self.store.length), "ragged"
+        keys, values, occupied = self.store.keys, self.store.values, options["occupied"]
         if plain and num_queries == 1:
             seen = slice(0 if window is None else -window, None)
             occupied = None if occupied is None else occupied[:, :, seen]
@@ -173,22 +177,43 @@ class EngineLayer(CacheLayerMixin):
             return causal, "sdpa"
         return blockwise_attention(query, keys, values, scaling, **options), "blockwise"
 
-    def _add_mass(self, query: torch.Tensor, scaling: float, asking: torch.Tensor | None, options: dict) -> None:
+    @property
+    def observing(self) -> bool:
+        """Whether the policy observes this call."""
+        return self.policy is not None and (self.undecided or self.call.phase in self.policy.observes)
+
+    def add_mass(self, query: torch.Tensor, scaling: float, **options: Any) -> None:
         """Adds what each key received: a second pass over the scores, so that the output is the same without it."""
         batch, num_q_heads, num_queries, head_dim = query.shape
-        mass = column_mass(query, self.store.keys, scaling, asking=asking, **options)
-        self.store.mass.add_(mass.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2))
+        received = column_mass(query, self.store.keys, scaling, **options)
+        mass = self.store.side[MASS] + received.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2)
+        self.store.put_side(MASS, mass)
         flops = column_mass_flops(batch, num_q_heads, num_queries, self.store.length, head_dim)
-        self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * self.store.mass.nbytes)
+        self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * mass.nbytes)
+
+    def rule(self, query: torch.Tensor, scaling: float) -> None:
+        """Lets the policy observe a call by its queries `[B, Hq, Q, D]`, and decide if it is its turn."""
+        if self.policy is not None and FORESIGHT in self.policy.needs:
+            return  # it decides at the end of a rehearsal
+        undecided, self._scaling = self.undecided, scaling
+        if self.index in self.call.capacity:
+            dividing = self.policy.joint is not None and divides(self.call, self.policy, undecided)
+            wanted = dividing if self.policy.joint else bool(self.policy.side)
+            observed = self._observe(query) if wanted and self.observing else {}
+            if dividing:
+                divide(self, observed)
+            elif self._is_turn() and self.is_over():
+                self.decide(query)
+            elif self.call.thinned is not None:
+                self._record("due", 0)
+                self._record("evict", self._record_absent())
+        self.undecided = False
 
     def is_due(self) -> bool:
-        """Whether the policy has to decide now: it acts in this phase, or was swapped in, and more is held than it allows."""
-        if self.policy is None or self.index not in self.call.capacity:
-            return False
-        acts = self.undecided or self.call.phase in self.policy.acts
+        """Whether a policy that foresees has to decide after this call."""
+        due = self.index in self.call.capacity and self._is_turn() and self.is_over()
         self.undecided = False
-        limits = self.call.capacity[self.index]
-        return acts and any(held > limit for held, limit in zip(self.store.held_by_row(), limits, strict=True))
+        return due
 
     def begin_rehearsal(self, foresees: bool) -> None:
         """From here on tokens are added that `end_rehearsal` takes back; if `foresees`, what they look at is summed."""
@@ -206,36 +231,76 @@ class EngineLayer(CacheLayerMixin):
         self._seen = rehearsing.seen
         self._record("crop", taken_back)
         if rehearsing.foresight is not None:
-            self._decide(rehearsing.scaling, foresight=rehearsing.foresight)
+            self.decide(foresight=rehearsing.foresight)
 
     def _foresee(self, query: torch.Tensor, scaling: float, options: dict) -> None:
         """Adds the attention the rehearsed queries give to what was held before them."""
         self._record("append", query.shape[0] * query.shape[2])
-        rehearsing = self._rehearsing
+        rehearsing, self._scaling = self._rehearsing, scaling
         if not rehearsing.foresees:
             return
         rows = attention_rows(query, self.store.keys, scaling, **options)
         self._record("score", 0, 2 * rows.numel() * query.shape[3], self.store.keys.nbytes + query.nbytes + rows.nbytes)
         given = rows[..., : rehearsing.length].sum(3).flatten(1, 2)
         rehearsing.foresight = given if rehearsing.foresight is None else rehearsing.foresight + given
-        rehearsing.scaling = scaling
 
-    def _decide(self, scaling: float, queries: torch.Tensor | None = None, foresight: torch.Tensor | None = None) -> None:
-        self._record("due", 0)
-        state = LayerState(
-            keys=self.store.keys,
-            values=self.store.values,
-            positions=self.store.positions,
-            capacity=torch.tensor(self.call.capacity[self.index], device=self.store.keys.device),
-            scaling=scaling,
+    def _is_turn(self) -> bool:
+        """Whether the policy acts after this call."""
+        call, every = self.call, self.policy.every
+        if self.undecided and every == 1:
+            return True
+        passed = call.since_prompt // every > (call.since_prompt - call.positions.shape[1]) // every
+        return passed and call.phase in self.policy.acts
+
+    def limits(self) -> list[int] | None:
+        """Tokens each kv head may hold now, by row; None if there is no bound."""
+        call = self.call
+        if self.index not in call.capacity:
+            return None
+        return list(map(self.policy.grown, call.capacity[self.index], call.divided_at, call.seen))
+
+    def is_over(self) -> bool:
+        """Whether more is held than the policy may keep."""
+        return not within(self.store, self.policy, self.limits(), self.attention.num_kv_heads)
+
+    def _state(self, query: torch.Tensor | None, foresight: torch.Tensor | None = None) -> LayerState:
+        store, call, keys = self.store, self.call, self.store.keys
+        side = store.side
+        return LayerState(
+            keys=keys,
+            values=store.values,
+            positions=store.positions,
+            capacity=torch.tensor(self.limits(), device=keys.device),
+            scaling=self._scaling,
             layer=self.index,
             num_layers=self.num_layers,
-            phase=self.call.phase,
-            queries=queries,
-            mass=self.store.mass,
+            phase=call.phase,
+            queries=query if QUERIES in self.policy.needs else None,
+            mass=side.get(MASS),
             rotation=self.rotation,
+            side={name: side[name] for name in self.policy.side},
+            share=torch.tensor(call.capacity[self.index], device=keys.device),
+            since_prompt=call.since_prompt,
+            dividing=query is None and foresight is None,
             foresight=foresight,
         )
+
+    def _observe(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the policy observes; its side state is put beside K and V."""
+        state = self._state(query)
+        self._record("score", 0, *self.policy.observation_cost(state))
+        observed = self.policy.observe(state)
+        for name in state.side:
+            self.store.put_side(name, observed[name])
+        return observed
+
+    def decide(self, query: torch.Tensor | None = None, foresight: torch.Tensor | None = None) -> None:
+        """Asks the policy what stays and frees the rest; without the call's queries if layers have divided the budget.
+
+        `foresight` `[B, Hq, N]` is what rehearsed tokens looked at.
+        """
+        self._record("due", 0)
+        state = self._state(query, foresight)
         flops, moved = self.policy.scoring_cost(state)
         if flops or moved:
             self._record("score", 0, flops, moved)
@@ -243,6 +308,8 @@ class EngineLayer(CacheLayerMixin):
         keep = (self._keep_and_thin(state) if self._thins() else self.policy.keep(state)) & state.occupied
         dropped = torch.where(keep, -1, state.positions)
         num_dropped = int((dropped >= 0).sum())
+        if num_dropped and self.policy.ragged and isinstance(self.store, RectangularStore):
+            self.store = RaggedStore.of(self.store)
         if num_dropped or num_absent:
             moved = self.store.keep(keep) if num_dropped else 0
             self._record("evict", num_dropped + num_absent, 0, moved)
@@ -274,11 +341,19 @@ class EngineLayer(CacheLayerMixin):
     def _nominal_bytes(self) -> int:
         """What the budget promises: K and V of as many tokens in each row and kv head as it allows."""
         tokens = self.call.seen
-        if self.index in self.call.capacity:
-            tokens = [min(seen, limit) for seen, limit in zip(tokens, self.call.capacity[self.index], strict=True)]
+        limits = self.limits()
+        if limits is not None:
+            tokens = list(map(min, tokens, limits))
         if self.attention.window is not None:
             tokens = [min(seen, self.attention.window - 1) for seen in tokens]
-        return sum(tokens) * self.attention.cached_elements * self.store.keys.element_size()
+        return sum(tokens) * self.attention.cached_elements * self.store.element_bytes
+
+
+def within(store: RectangularStore | RaggedStore, policy: CachePolicy, capacity: list[int], num_kv_heads: int) -> bool:
+    """Whether no row holds more than its capacity: in any kv head, or, if the policy is ragged, on average over them."""
+    if policy.ragged:
+        return all(held <= num_kv_heads * limit for held, limit in zip(store.total_by_row(), capacity, strict=True))
+    return all(held <= limit for held, limit in zip(store.held_by_row(), capacity, strict=True))
 
 
 def engine_cache(model: nn.Module, anatomy: Anatomy, policy: CachePolicy | None, call: Call) -> Cache:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from workbench.trace.anatomy import Attention
 from workbench.trace.pairs import causal_pairs
 from workbench.trace.store import TraceWriter
+
+if TYPE_CHECKING:
+    from workbench.engine.joint import Report
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,20 @@ class Call:
     """Tokens each kv head may keep, by layer and row; a layer that is not listed has no bound."""
     thinned: Thinned | None = None
     """Set while a call runs layers that not all of its tokens reach."""
+    prompt_tokens: list[int] = field(default_factory=list)
+    """Tokens in each row's prompt."""
+    divided_at: list[int] = field(default_factory=list)
+    """Tokens each row had seen when the capacity was resolved."""
+    reports: list[Report] = field(default_factory=list)
+    """What layers have reported in this call, until the last one has."""
     importance: str = "off"
     masses: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
     """Layer, attention mass by position `[B, Hq, seen]` and observed queries, until the session writes them."""
+
+    @property
+    def since_prompt(self) -> int:
+        """Tokens each row has seen after its prompt, this call's included."""
+        return self.seen[0] - self.prompt_tokens[0]
 
     def thin(self, passing: torch.Tensor) -> None:
         """From the next layer on, only the tokens of `passing` `[B, Q]` are there."""
@@ -72,5 +87,7 @@ class Call:
 
     def record_evictions(self, layer: int, dropped: torch.Tensor) -> None:
         """Writes one row a dropped token. `dropped` `[B, H, N]` holds their positions, -1 elsewhere."""
-        for row, head, slot in dropped.ge(0).nonzero().tolist():
-            self.writer.add("evictions", self.step, row, layer, head, dropped[row, head, slot].item(), -1)
+        gone = dropped.ge(0)
+        rows, heads, _ = (index.tolist() for index in gone.nonzero(as_tuple=True))
+        where = zip(rows, heads, dropped[gone].tolist(), strict=True)
+        self.writer.extend("evictions", ((self.step, row, layer, head, position, -1) for row, head, position in where))

@@ -71,14 +71,16 @@ class Thinner:
 
 
 def thinners(model: nn.Module, policy: CachePolicy | None, call: Call) -> list[Thinner]:
-    """What has to be attached to a model for a call under a policy: one thinner, or none."""
-    after = _thins_after(policy, len(decoder_layers(model)))
+    """What has to be attached to a model for a call under a policy: one thinner for a prompt, or none."""
+    if policy is None or THINNING not in policy.needs or call.phase != "prefill":
+        return []
+    after = policy.thins_after(len(decoder_layers(model)))
     return [] if after is None else [Thinner(model, after, call)]
 
 
 def check_thinning(model: nn.Module, anatomy: Anatomy, policy: CachePolicy | None) -> None:
     """Tries what a thinning policy wants on a short prompt. Raises UserError for a model that cannot be thinned so."""
-    after = _thins_after(policy, anatomy.num_layers)
+    after = policy.thins_after(anatomy.num_layers) if policy is not None and THINNING in policy.needs else None
     if after is None or after in _checked.get(model, ()):
         return
     slides = next((layer.index for layer in anatomy.layers[after:] if layer.attention.window is not None), None)
@@ -95,10 +97,6 @@ def check_thinning(model: nn.Module, anatomy: Anatomy, policy: CachePolicy | Non
     if not gap <= tolerance(model):
         raise UserError(_refusal(model, after, f"its logits are {gap:.1%} off from those with the same tokens hidden"))
     _checked.setdefault(model, set()).add(after)
-
-
-def _thins_after(policy: CachePolicy | None, num_layers: int) -> int | None:
-    return policy.thins_after(num_layers) if policy is not None and THINNING in policy.needs else None
 
 
 def _drop(call: Call, passing: torch.Tensor) -> None:

@@ -1,9 +1,8 @@
 """Measures what this machine reaches: matrix products, memory, attention and small operations, by size and dtype.
 
-The shapes are synthetic and the code is the one models run: `F.linear`, transformers' norm, rotary positions and attention,
-the
-engine's attention. Every time is the shortest of several: other work on the machine only ever adds to it. What the pieces
-miss is measured on random models. The share of a core this process got is kept with the sheet, so that a
+The shapes are synthetic and the code is the one models run: `F.linear`, transformers' norm, rotary positions and
+attention, the engine's attention. Every time is the shortest of several: other work on the machine only ever adds to it.
+What the pieces miss is measured on random models. The share of a core this process got is kept with the sheet, so that a
 calibration of a busy machine can be told from one that was left alone.
 """
 
@@ -58,11 +57,11 @@ class Sizes:
     reads_mib: tuple[int, ...] = (1, 16, 64, 512)
     elements: tuple[int, ...] = (2**8, 2**14, 2**18, 2**20, 2**22)
     head_dims: tuple[int, ...] = (16, 64, 256)
-    queries: tuple[int, ...] = (64, 256, 1024)
+    queries: tuple[int, ...] = (64, 256, 1024, 2048)
     keys: tuple[int, ...] = (64, 512, 4096)
     layers: tuple[int, int] = (2, 8)
     hidden_sizes: tuple[int, ...] = (128, 512, 1024)
-    tokens: tuple[int, ...] = (1, 128, 512, 1024)
+    tokens: tuple[int, ...] = (1, 128, 512, 2048)
     seconds: float = 0.05
 
 

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
-from workbench.engine.cache import acting_layers
-from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState
+from workbench.engine.cache import acting_layers, within
+from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
+from workbench.experiments.replay_layers import gone_by_layer, has_state
 from workbench.methods.base import Budget, Method, parse_method
 from workbench.methods.cache.base import CacheMethod
 from workbench.trace.recording import LayerTensors, Recording
 from workbench.trace.replay import Point, Replay
 from workbench_kernels.attention_rows import attention_rows
+
+KEPT_BYTES = 512 * 2**20
+"""Most bytes of attention rows that stay with a recording for the next replay of it; more are computed anew."""
 
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -33,7 +38,8 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     """Replays methods at budgets on a recording.
 
     Args:
-        recording: made by `wb.record`. Its decoded tokens' attention rows, `[Hq, S, N]` float32, are held a layer at a time.
+        recording: made by `wb.record`. Its decoded tokens' attention rows, `[Hq, S, N]` float32 a layer, stay with it up to
+            512 MiB, so that the next replay only decides anew; beyond that they are held a layer at a time.
         methods: methods, or their text form such as `snapkv:window=16`; their own budget does not matter.
         budgets: fractions of the prompt, or tokens a kv head.
 
@@ -45,10 +51,12 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     if not wanted or not families:
         raise UserError("There is nothing to replay: give at least one method and one budget.")
     with torch.no_grad():
-        layers = [
-            [result for family in families for result in _family(scene, family)]
-            for scene in (_Scene.of(layer, recording) for layer in recording.layers)
-        ]
+        stateful = [policy for family in families for policy in family if has_state(policy)]
+        states = {policy.label: gone_by_layer(recording, policy) for policy in stateful}
+    layers = _side_by_side(
+        lambda layer: [result for family in families for result in _family(_scene(recording, layer), family, states)],
+        recording.layers,
+    )
     points = []
     for number, policy in enumerate(itertools.chain.from_iterable(families)):
         parts = [results[number] for results in layers]
@@ -61,6 +69,35 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
         "steps": recording.steps,
     }
     return Replay(about, tuple(points))
+
+
+def _side_by_side(work: Callable[[LayerTensors], list[_Replayed]], layers: Sequence[LayerTensors]) -> list[list[_Replayed]]:
+    """Does the work on every layer: on a CPU one layer a thread, since the operations are too small to be divided."""
+    threads = torch.get_num_threads()
+    workers = min(threads, len(layers)) if layers[0].keys.device.type == "cpu" else 1
+
+    def apart(layer: LayerTensors) -> list[_Replayed]:
+        with torch.no_grad():
+            return work(layer)
+
+    if workers == 1:
+        return [apart(layer) for layer in layers]
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(apart, layers))
+    finally:
+        torch.set_num_threads(threads)  # part of the setting is the process's, not the thread's
+
+
+def _scene(recording: Recording, layer: LayerTensors) -> _Scene:
+    """The scene of a recorded layer, which stays with the recording if there is room for all of them."""
+    known = recording.derived.get(layer.layer)
+    if isinstance(known, _Scene):
+        return known
+    scene = _Scene.of(layer, recording)
+    if scene.rows.nbytes * len(recording.layers) <= KEPT_BYTES:
+        recording.derived[layer.layer] = scene
+    return scene
 
 
 def _at_budgets(given: Method | str, budgets: list[Budget], recording: Recording) -> list[CacheMethod]:
@@ -163,9 +200,16 @@ class _Scene:
         )
 
     @cached_property
-    def best_once(self) -> torch.Tensor:
-        """`[H, P]` the prompt's tokens, those with the most attention from all decoded tokens first."""
-        return self.rows[..., : self.prompt].sum((1, 2)).argsort(dim=-1, descending=True)
+    def best_mass_once(self) -> torch.Tensor:
+        """`[H, S, P + 1]` the most mass a set of 0, 1, ... P of the prompt's tokens retains over all steps, at each of them.
+
+        Mean over the group; what the decoded tokens receive, which all stay, is included.
+        """
+        rows = self.rows.mean(1)
+        prompt = rows[..., : self.prompt]
+        order = prompt.sum(1, keepdim=True).argsort(dim=-1, descending=True)
+        decoded = rows[..., self.prompt :].sum(-1, keepdim=True)
+        return F.pad(prompt.gather(2, order.expand_as(prompt)).cumsum(-1), (1, 0)) + decoded
 
     @cached_property
     def best_mass(self) -> torch.Tensor:
@@ -186,10 +230,14 @@ class _Scene:
         return seen[..., -1], seen[..., :-1]
 
 
-def _family(scene: _Scene, policies: Sequence[CachePolicy]) -> Iterator[_Replayed]:
+def _family(scene: _Scene, policies: Sequence[CacheMethod], states: dict[str, dict[int, torch.Tensor]]) -> Iterator[_Replayed]:
     """One method at each budget. Deciding at every step is many small operations, so its budgets go together."""
-    together = "decode" in policies[0].acts
-    gone = _gone(scene, policies) if together else torch.cat([_gone(scene, [policy]) for policy in policies])
+    if policies[0].label in states:
+        gone = torch.stack([states[policy.label][scene.layer.layer] for policy in policies])
+    elif "decode" in policies[0].acts:
+        gone = _gone(scene, policies)
+    else:
+        gone = torch.cat([_gone(scene, [policy]) for policy in policies])
     for policy, each in zip(policies, gone, strict=True):
         yield _replayed(scene, policy, each)
 
@@ -217,10 +265,8 @@ def _oracle(scene: _Scene, policy: CachePolicy, gone: torch.Tensor, kept: torch.
     """`[H, S]` mass retained by the best kept set of as many tokens: see `Replay`."""
     if "decode" in policy.acts:
         return scene.best_mass.gather(2, kept[..., None])[..., 0]
-    chosen = torch.arange(scene.prompt, device=gone.device) < (gone[:, : scene.prompt] > 0).sum(-1, keepdim=True)
-    best = torch.full_like(gone, scene.rows.shape[2])
-    best[:, : scene.prompt].scatter_(1, scene.best_once, chosen.to(best.dtype) * scene.rows.shape[2])
-    return scene.attend(best)[0].mean(1)
+    chosen = (gone[:, : scene.prompt] > 0).sum(-1)[:, None, None].expand(-1, scene.rows.shape[2], 1)
+    return scene.best_mass_once.gather(2, chosen)[..., 0]
 
 
 def _gone(scene: _Scene, policies: Sequence[CachePolicy]) -> torch.Tensor:
@@ -236,15 +282,15 @@ def _gone(scene: _Scene, policies: Sequence[CachePolicy]) -> torch.Tensor:
     limits = [None if share is None else share[scene.acting.index(layer.layer)] for share in shares]
     capacity = torch.tensor([total if limit is None else limit for limit in limits], device=device)
     gone = torch.full((len(policies), num_heads, total), steps, dtype=torch.int32, device=device)
-    store = RectangularStore(with_mass=MASS in policy.needs)
+    store = RectangularStore(kept_beside(policy))
     for step in range(-1, steps if "decode" in policy.acts else 0):
         token = slice(0, prompt) if step < 0 else slice(prompt + step, prompt + step + 1)
         positions = torch.arange(token.start, token.stop, dtype=torch.int32, device=device).expand(len(policies), -1)
         # The store evicts in place, so what it is given are copies.
         keys, values = (tensor[None, :, token].repeat(len(policies), 1, 1, 1) for tensor in (layer.keys, layer.values))
         store.append(keys, values, positions, has_padding=False)
-        if store.mass is not None:
-            store.mass.add_(layer.prompt_mass if step < 0 else _received(scene, step, store.positions))
+        if MASS in policy.needs:
+            store.side[MASS].add_(layer.prompt_mass if step < 0 else _received(scene, step, store.positions))
         _decide(scene, policy, store, capacity, token, gone, step + 1)
     return gone
 
@@ -268,7 +314,7 @@ def _decide(
     step: int,
 ) -> None:
     """Lets the policy decide as the engine does, and notes in `gone` what it drops before a step."""
-    if all(held <= limit for held, limit in zip(store.held_by_row(), capacity.tolist(), strict=True)):
+    if within(store, policy, capacity.tolist(), gone.shape[1]):
         return
     asked = scene.layer.queries[None, :, queries].expand(len(gone), -1, -1, -1) if QUERIES in policy.needs else None
     state = LayerState(
@@ -281,7 +327,7 @@ def _decide(
         num_layers=scene.num_layers,
         phase="prefill" if step == 0 else "decode",
         queries=asked,
-        mass=store.mass,
+        mass=store.side.get(MASS),
         foresight=_foresight(scene, policy) if FORESIGHT in policy.needs else None,
     )
     occupied = state.occupied
@@ -289,4 +335,5 @@ def _decide(
     dropped = (~keep & occupied).nonzero(as_tuple=True)
     if len(dropped[0]):
         gone[dropped[0], dropped[1], state.positions[dropped].long()] = step
-        store.keep(keep)
+        if "decode" in policy.acts:  # otherwise nothing reads the store again
+            store.keep(keep)

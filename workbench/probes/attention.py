@@ -98,7 +98,9 @@ _LOOKUPS: dict[str, Callable] = {"get_interface": _get_interface, "__getitem__":
 """How a model finds its attention function: by the method, or by indexing, as code from a hub still does."""
 
 
+@functools.lru_cache(maxsize=32)
 def _wrapped(function: Callable, kernel: str) -> Callable:
+    """The function, made to tell the observers; the few functions there are, are looked up at every layer of every call."""
     if isinstance(function, functools.partial) and function.func is _observed:
         return function
     return functools.partial(_observed, function, kernel)
@@ -108,14 +110,13 @@ def _observed(function: Callable, kernel: str, module: nn.Module, *args, **optio
     observers = _observers.get(module)
     if not observers:
         return function(module, *args, **options)
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | options
-    key = given["key"]
+    query, key, _, mask = args if len(args) == 4 else map((dict(zip(_ARGUMENTS, args, strict=False)) | options).get, _ARGUMENTS)
     seen = key.keys if hasattr(key, "attend") else key  # an engine cache layer: its keys before the method acts
     for _, observer in observers:
         observer.before_attention(module)
     result = function(module, *args, **options)
     for layer, observer in observers:
-        observer.after_attention(layer, module, given["query"], seen, given.get("attention_mask"), options, kernel)
+        observer.after_attention(layer, module, query, seen, mask, options, kernel)
     return result
 
 

@@ -71,7 +71,7 @@ class NestedCounts(threading.local):
 
         None where the call was not counted.
         """
-        if not any(count.owner is owner for count in self._open):
+        if not self._open or not any(count.owner is owner for count in self._open):
             return None
         while True:
             count = self._open[-1]

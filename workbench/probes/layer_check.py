@@ -40,15 +40,25 @@ class LayerCheck:
         counts: NestedCounts,
         current: Callable[[], Step | None],
         note: Callable[[str], None],
+        trust: Callable[[int], None],
     ):
-        """`current` is the forward call in progress on this thread; `note` is told what could not be checked."""
+        """Observes nothing before `attach`.
+
+        Args:
+            model: the model.
+            anatomy: what its layers are taken for.
+            counts: where calls are counted.
+            current: the forward call in progress on this thread.
+            note: is told what could not be checked.
+            trust: is told each layer of a kind that adds up, with a past and without.
+        """
         self._anatomy = anatomy
         self._blocks = decoder_layers(model)
         self._layers = {block: layer for layer, block in enumerate(self._blocks)}
         self._names = {module: name for name, module in model.named_modules()}
         self._experts = list(expert_modules(model).values())
         self._kinds = [_kind(anatomy, layer, block) for layer, block in enumerate(self._blocks)]
-        self._counts, self._current, self._note = counts, current, note
+        self._counts, self._current, self._note, self._trust = counts, current, note, trust
         self._adds_up: dict[tuple, bool] = {}
         """By kind of layer and whether there was a past."""
         self._handles: dict[nn.Module, list[RemovableHandle]] = {}
@@ -124,6 +134,7 @@ class LayerCheck:
         elif self._adds_up.get((kind, True)) and self._adds_up.get((kind, False)):
             for block in alike:
                 self._unwatch(block)
+                self._trust(self._layers[block])
             if all(block not in self._handles for block in self._blocks):
                 self.detach()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedTokenizerBase
 
 from workbench.errors import UserError
@@ -77,6 +78,10 @@ class Profile:
         self._used = False
         self._lock = threading.RLock()
         self._numbers = itertools.count()
+        self._layer_hooks: dict[int, RemovableHandle] = {}
+        """Count how often the attention of a layer runs."""
+        self._asked: set[int] = set()
+        """Layers that have asked transformers' interface for their attention."""
         self._steps: dict[int, Step] = {}
         """The forward call in progress, by thread."""
         self._latest: dict[int, Step] = {}
@@ -135,7 +140,7 @@ class Profile:
             AttentionProbe(model, self),
             self._routing,
             UnplacedProbe(model, counts, self._on_unplaced),
-            LayerCheck(model, self.anatomy, counts, self._current, self._note),
+            LayerCheck(model, self.anatomy, counts, self._current, self._note, self._trust),
             *([self._spans] if self._spans else []),
         )
         self._counts = counts
@@ -145,7 +150,8 @@ class Profile:
             probe.attach()
         stack.callback(model.get_output_embeddings().register_forward_pre_hook(self._before_head).remove)
         for layer, module in enumerate(attention_modules(model)):
-            stack.callback(module.register_forward_pre_hook(self._layer_observer(layer)).remove)
+            self._layer_hooks[layer] = module.register_forward_pre_hook(self._layer_observer(layer))
+            stack.callback(self._uncount, layer)
         for module in dict.fromkeys((model, decoder(model))):
             names = tuple(inspect.signature(module.forward).parameters)
             before = functools.partial(self._before_step, names)
@@ -241,6 +247,16 @@ class Profile:
 
         return observe
 
+    def _trust(self, layer: int) -> None:
+        """The runs of a layer are not counted any more if its attention goes through transformers' interface."""
+        if layer in self._asked:
+            self._uncount(layer)
+
+    def _uncount(self, layer: int) -> None:
+        hook = self._layer_hooks.pop(layer, None)
+        if hook is not None:
+            hook.remove()
+
     def _on_unplaced(self, name: str, flops: int) -> None:
         step = self._current()
         if step is not None:
@@ -259,6 +275,7 @@ class Profile:
         if step is None:
             self._outside += not is_unobserved()
             return
+        self._asked.add(layer)
         batch, _, q_len, _ = query.shape
         kv_read = key.shape[2]
         window = options.get("sliding_window")
@@ -283,10 +300,8 @@ class Profile:
         written = step.context
         if key.shape[2] > written:
             key, mask = key[:, :, :written], None if mask is None else mask[..., :written]
-        occupied = asking = None
-        if mask is not None:
-            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            occupied = seen[:, :1].any(2).expand(key.shape[:3])
+        occupied = None if mask is None else step.visible(mask)
+        asking = None
         if step.mask is not None:
             asking = step.mask[:, -step.q_len :].bool().to(query.device)
         return attention_mass(
@@ -295,7 +310,7 @@ class Profile:
             key,
             options.get("scaling") or query.shape[-1] ** -0.5,
             asking=asking,
-            occupied=occupied,
+            occupied=None if occupied is None else occupied.expand(key.shape[:3]),
             window=self.anatomy.layers[layer].attention.window,
             softcap=options.get("softcap"),
             sinks=options.get("s_aux"),
@@ -457,9 +472,12 @@ def _unseen_attention(step: Step) -> Iterator[tuple[tuple[int, int], tuple]]:
 
 def _allocated_bytes(layer: Any) -> int | None:
     """Bytes of what a cache layer holds: keys and values, or states. None where a tensor hides how it is stored."""
-    parts = [part for value in vars(layer).values() for part in (value if isinstance(value, list | tuple) else [value])]
-    tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.ndim > 1]
-    if any(type(tensor) is not torch.Tensor for tensor in tensors):
-        return None
-    stores = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    stores = {}
+    for value in vars(layer).values():
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if type(part) is torch.Tensor and part.ndim > 1:
+                storage = part.untyped_storage()
+                stores[storage.data_ptr()] = storage.nbytes()
+            elif isinstance(part, torch.Tensor) and part.ndim > 1:
+                return None
     return sum(stores.values())

@@ -54,6 +54,8 @@ class Step:
     pairs: dict[Any, int | torch.Tensor] = field(default_factory=dict)
     masks: list[torch.Tensor | None] = field(default_factory=list)
     """Keeps the masks alive whose ids are keys of `pairs`."""
+    slots: dict[tuple, torch.Tensor | None] = field(default_factory=dict)
+    """What `visible` has found, by where a mask lies: layers share a few masks."""
 
     @property
     def context(self) -> int:
@@ -65,6 +67,18 @@ class Step:
         layers = self.given_cache.layers if self.given_cache is not None else []
         keys = getattr(layers[layer], "keys", None) if layer < len(layers) else None
         return self.context if keys is None else max(self.context, keys.shape[-2])
+
+    def visible(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """`[B, 1, N]` whether any query sees a slot, by a mask `[B, ?, Q, N]` of booleans or of what is added to scores.
+
+        None if all slots are seen and that costs no wait for a device.
+        """
+        where = (mask.data_ptr(), mask.shape)
+        if where not in self.slots:
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            seen = seen[:, :1].any(2)
+            self.slots[where] = None if mask.device.type == "cpu" and bool(seen.all()) else seen
+        return self.slots[where]
 
     @property
     def phase(self) -> str:

@@ -53,6 +53,8 @@ class Recording:
     trace: Trace
     layers: tuple[LayerTensors, ...]
     prompt_tokens: int
+    derived: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What a replay worked out of a layer's tensors, by layer, kept for the next replay. Never saved."""
 
     @property
     def steps(self) -> int:

@@ -5,14 +5,14 @@ Shapes: B batch, Hq query heads, H kv heads, G = Hq / H, N slots, W observed que
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from workbench.engine.policy import LayerState, Rehearsal
+from workbench.engine.policy import LayerState, Rehearsal, Side
 from workbench.methods.base import Budget, Method, resolve_budget
 from workbench_kernels.attention_rows import attention_rows
 
@@ -27,8 +27,22 @@ class CacheMethod(Method):
     slot: ClassVar[str] = "cache"
     needs: ClassVar[frozenset[str]] = frozenset()
     acts: ClassVar[frozenset[str]] = PREFILL_ONLY
+    ragged: ClassVar[bool] = False
+    """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
+    side: ClassVar[Mapping[str, Side]] = {}
+    observes: ClassVar[frozenset[str]] = EVERY_STEP
 
     budget: Budget
+
+    @property
+    def joint(self) -> str | None:
+        """Whether layers divide the budget by what they report, `at end` or in a `cascade`; here by `allocate` alone."""
+        return None
+
+    @property
+    def every(self) -> int:
+        """Tokens after the prompt between decisions."""
+        return 1
 
     def capacity(self, prompt_tokens: int) -> int:
         """Tokens each kv head may keep after a prompt of this length, on average over layers."""
@@ -42,8 +56,26 @@ class CacheMethod(Method):
         """What to rehearse after a text, given as the tokens of each row. Only methods that need foresight define it."""
         raise TypeError(f"{type(self).__name__} must say what it rehearses: define rehearsal(rows).")
 
+    def share(
+        self, reports: Sequence[torch.Tensor], held: Sequence[Sequence[int]], prompt_tokens: Sequence[int], num_layers: int
+    ) -> list[list[int]]:
+        """Shares of the layers that have reported, by layer and row: see `CachePolicy`."""
+        raise TypeError(f"{type(self).__name__} is joint and must say how layers share: define share(...).")
+
+    def grown(self, share: int, divided_at: int, seen: int) -> int:
+        """What has become of a share by now: here nothing changes it."""
+        return share
+
+    def observe(self, state: LayerState) -> dict[str, torch.Tensor]:
+        """Side state anew, and a joint method's report."""
+        raise TypeError(f"{type(self).__name__} must say what it observes: define observe(state).")
+
+    def observation_cost(self, state: LayerState) -> tuple[int, int]:
+        """FLOPs (of matrix products) and bytes one call of `observe` adds."""
+        raise TypeError(f"{type(self).__name__} must say what observing costs: define observation_cost(state).")
+
     def keep(self, state: LayerState) -> torch.Tensor:
-        """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head."""
+        """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head (if ragged, on average)."""
         raise TypeError(f"{type(self).__name__} must say what it keeps: define keep(state).")
 
     def thins_after(self, num_layers: int) -> int | None:
@@ -60,10 +92,18 @@ class CacheMethod(Method):
 
 
 def keep_top(scores: torch.Tensor, count: torch.Tensor, occupied: torch.Tensor) -> torch.Tensor:
-    """The `count[b]` occupied slots of highest score in each row and head, `[B, H, N]` bool; ties go to the earlier slot."""
+    """The `count` (`[B]` or `[B, H]`) occupied slots of highest score in each row and head, `[B, H, N]` bool.
+
+    Ties go to the earlier slot.
+    """
+    count = count.view(len(count), -1, 1)
+    if bool((occupied.sum(-1, keepdim=True) == count + 1).all()):  # the usual case of a decode step, without a sort
+        lowest = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(~occupied, torch.inf)
+        last = scores.shape[-1] - 1 - lowest.flip(-1).argmin(-1, keepdim=True)
+        return occupied.scatter(-1, last, False)
     order = scores.masked_fill(~occupied, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
-    return (rank < count.view(-1, 1, 1)) & occupied
+    return (rank < count) & occupied
 
 
 def recent(state: LayerState, count: torch.Tensor) -> torch.Tensor:

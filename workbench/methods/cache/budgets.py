@@ -1,6 +1,13 @@
-"""How a budget is divided over layers: pure functions of numbers, which methods share."""
+"""How a budget is divided over layers, or over the kv heads of a layer: pure functions of numbers, which methods share."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_HALVINGS = 60
+"""Enough to tell any two doubles in [0, 1] apart; the paper's code has no such limit and may never end."""
 
 
 def pyramid(mean: int, longest: int, num_layers: int, beta: int) -> list[int]:
@@ -22,3 +29,90 @@ def settle(budgets: list[int], total: int) -> list[int]:
     """Takes the same from every layer until the sum is `total`; what does not divide is taken from the last layers."""
     each, rest = divmod(sum(budgets) - total, len(budgets))
     return [budget - each - (layer >= len(budgets) - rest) for layer, budget in enumerate(budgets)]
+
+
+def adaptive(hits: list[int], floor: float) -> list[int]:
+    """Budgets of a layer's kv heads, between `hits` and the same for all: `hits (1 - floor) + mean(hits) floor`.
+
+    `hits[h]` is how many of the layer's best tokens are head h's. Rounding keeps the sum: the largest remainders go up, of
+    equal ones the earlier head's.
+    AdaKV, Feng et al. 2024, arXiv 2407.11550.
+    """
+    exact = [hit * (1 - floor) + sum(hits) / len(hits) * floor for hit in hits]
+    return whole(exact, sum(hits))
+
+
+def whole(shares: list[float], total: int) -> list[int]:
+    """Shares that sum to `total`, as whole numbers that do so too: the largest remainders are rounded up."""
+    budgets = [int(share + 1e-9) for share in shares]
+    order = sorted(range(len(shares)), key=lambda index: budgets[index] - shares[index])
+    for index in order[: total - sum(budgets)]:
+        budgets[index] += 1
+    return budgets
+
+
+def streaming(total: int, num_heads: int, longest: int, streamed: int) -> tuple[int, list[int]]:
+    """How many of a layer's kv heads may keep all of `longest` tokens, and what each of the others keeps.
+
+    The others keep at least `streamed`, sinks and recent tokens, or an equal share of `total` where that is less. What
+    the whole heads leave lengthens them, so that the sum is `total`.
+    DuoAttention, Xiao et al. 2024, arXiv 2410.10819, fixes the share of whole heads instead.
+    """
+    spare = total - num_heads * streamed
+    num_whole = min(max(0, spare // (longest - streamed)), num_heads) if longest > streamed else 0
+    others = num_heads - num_whole
+    rest = min(total - num_whole * longest, others * longest)
+    return num_whole, whole([rest / others] * others, rest) if others else []
+
+
+def prefix_drops(importance: Sequence[np.ndarray], protected: int, target: int) -> list[int]:
+    """Tokens each layer drops, so that all layers keep the same share of their importance; about `target` in sum.
+
+    A layer keeps the shortest prefix of its tokens, sorted by importance, that holds a share p of the whole, and
+    `protected` tokens more. p is found by bisection. The number of drops falls in jumps as p rises, so the nearer side of
+    the jump is taken, scaled to `target` and truncated: never more than `target` if the nearer side drops enough.
+    PrefixKV, Wang et al. 2024, arXiv 2412.03409, and its code.
+
+    Args:
+        importance: of each layer's tokens, highest first.
+        protected: tokens every layer keeps beyond the prefix.
+        target: tokens to drop in all layers together.
+    """
+    sums = [np.cumsum(each, dtype=np.float64) for each in importance]
+    shares = [np.round(each / each[-1], 12) for each in sums]  # so that rounding alone opens no jump
+
+    def drops(share: float) -> list[int]:
+        return [max(len(each) - int(np.searchsorted(each, share)) - 1 - protected, 0) for each in shares]
+
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if sum(drops(middle)) > target:
+            low = middle
+        else:
+            high = middle
+    nearer = min(drops(low), drops(high), key=lambda each: abs(sum(each) - target))
+    total = max(sum(nearer), 1)
+    return [each * target // total for each in nearer]
+
+
+def by_preference(preferences: Sequence[float], total: int, longest: Sequence[int]) -> list[int]:
+    """Shares of `total` in proportion to the layers' preferences, in whole numbers that sum to it.
+
+    What a share exceeds the layer's longest by is spread evenly over the layers that have room, once: a layer that then
+    exceeds its own stays there, and what it cannot use is lost. CAKE, Qin et al. 2025, arXiv 2503.12491, and its code.
+    """
+    whole = sum(preferences)
+    wanted = [int(total * each / whole) if whole else total // len(preferences) for each in preferences]
+    shares = list(map(min, wanted, longest))
+    roomy = [layer for layer, most in enumerate(longest) if shares[layer] < most]
+    _spread(shares, roomy, sum(wanted) - sum(shares))
+    _spread(shares, range(len(shares)), total - sum(shares))
+    return shares
+
+
+def _spread(shares: list[int], layers: Sequence[int], amount: int) -> None:
+    """Adds the same to each of some layers; what does not divide goes to the first."""
+    each, rest = divmod(amount, len(layers)) if layers else (0, 0)
+    for number, layer in enumerate(layers):
+        shares[layer] += each + (number < rest)

@@ -18,6 +18,9 @@ class Dense(Method):
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
     needs: ClassVar[frozenset[str]] = frozenset()
     acts: ClassVar[frozenset[str]] = frozenset()
+    ragged: ClassVar[bool] = False
+    observes: ClassVar[frozenset[str]] = frozenset()
+    side: ClassVar[dict] = {}
 
     def capacity(self, prompt_tokens: int) -> None:
         """No bound."""

@@ -1,0 +1,86 @@
+"""What each method would have retained at each budget: one line a method, the best possible dashed, live points ringed."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from workbench.errors import UserError
+from workbench.plots.theme import method_colours, method_of, method_symbol, style
+from workbench.trace.check import Check
+from workbench.trace.replay import Replay
+
+_NAMES = {"mass_retained": "attention mass retained (share)", "output_error": "error of the attention output (share)"}
+_DASHES = ("solid", "dot", "longdash", "dashdot")
+
+
+def replay_curves(replay: Replay, check: Check | None = None, y: str = "mass_retained") -> go.Figure:
+    """Lines over the budget as a share of the prompt; both are means over layers, heads and steps.
+
+    Args:
+        replay: what to draw.
+        check: its live runs: their points are ringed, and what was measured shows on hover.
+        y: `mass_retained`, with the best possible, or `output_error`.
+
+    Raises:
+        UserError: for another `y`.
+    """
+    if y not in _NAMES:
+        raise UserError(f"Cannot draw {y!r} of a replay; choose {' or '.join(map(repr, _NAMES))}.")
+    table = replay.curves()
+    prompt = replay.about["prompt_tokens"]
+    table["setup"] = [point.setup for point in replay.points]
+    # A column of numbers would make 1 token of the whole prompt, 1.0.
+    table["share"] = [each.budget / prompt if isinstance(each.budget, int) else each.budget for each in replay.points]
+    colours = method_colours(list(table["method"]))
+    figure = go.Figure()
+    drawn: dict[str, int] = {}
+    bounds: dict[tuple, list[str]] = {}
+    for method, rows in table.groupby("method", sort=False):
+        rows = rows.sort_values("share")
+        name = str(method)
+        variant = drawn[method_of(name)] = drawn.get(method_of(name), -1) + 1
+        figure.add_scatter(
+            x=rows["share"],
+            y=rows[y],
+            mode="lines+markers",
+            name=name,
+            line={"color": colours[name], "dash": _DASHES[variant % len(_DASHES)]},
+            marker={"symbol": method_symbol(method_of(name)), "size": 7},
+            customdata=rows[["setup", "mass_retained", "output_error"]],
+            hovertemplate="%{customdata[0]}<br>mass %{customdata[1]:.4f}<br>output error %{customdata[2]:.4f}<extra></extra>",
+        )
+        best = tuple(zip(rows["share"].round(9), rows["oracle_mass"].round(6), strict=True))
+        bounds.setdefault(best, []).append(name)
+    if y == "mass_retained":
+        for best, names in bounds.items():
+            figure.add_scatter(
+                x=[share for share, _ in best],
+                y=[mass for _, mass in best],
+                mode="lines",
+                name=f"best possible: {', '.join(names)}",
+                line={"dash": "dash", "width": 1, "color": "#555555" if len(names) > 1 else colours[names[0]]},
+                hovertemplate=f"best possible for {', '.join(names)}<br>%{{y:.4f}}<extra></extra>",
+            )
+    title = f"Replay of {replay.about['model']}, {prompt} + {replay.about['steps']} tokens"
+    if check is not None:
+        _add_live(figure, table, check, y)
+        title += f"<br><sub>{check}</sub>"
+    style(figure, title, "budget (share of the prompt)", _NAMES[y], height=520)
+    return figure.update_layout(margin={"t": 70})
+
+
+def _add_live(figure: go.Figure, table: pd.DataFrame, check: Check, y: str) -> None:
+    """Rings around the points that were run live."""
+    live = check.table
+    places = table.set_index("setup").loc[live["setup"]]
+    figure.add_scatter(
+        x=places["share"],
+        y=places[y],
+        mode="markers",
+        name="run live",
+        marker={"symbol": "circle-open", "size": 15, "color": "#000000", "line": {"width": 2}},
+        customdata=live[["setup", "live_kl", "live_top1", "kept_overlap"]],
+        hovertemplate="%{customdata[0]}, run live<br>KL to dense %{customdata[1]:.4f} nats<br>top-1 %{customdata[2]:.1%}"
+        "<br>kept as foretold %{customdata[3]:.1%}<extra></extra>",
+    )
