@@ -282,8 +282,8 @@ def test_snapkv_equals_a_plain_loop(pooling, kernel):
     half = kernel // 2
     pooled = torch.zeros_like(scores)
     for head in range(num_q_heads):
-        for key in range(length):
-            around = [float(scores[head, j]) if 0 <= j < length else 0.0 for j in range(key - half, key + half + 1)]
+        for key in range(length - window):
+            around = [float(scores[head, j]) if 0 <= j < length - window else 0.0 for j in range(key - half, key + half + 1)]
             pooled[head, key] = sum(around) / kernel if pooling == "avg" else max(around)
     method = wb.SnapKV(budget=capacity, window=window, kernel=kernel, pooling=pooling)
     mask = method.keep(state(keys=keys, queries=queries, scaling=scaling, capacity=capacity))

@@ -129,15 +129,16 @@ def observing_cost(state: LayerState, num_queries: int) -> tuple[int, int]:
 def window_scores(state: LayerState, windows: torch.Tensor, pooling: str, kernel: int) -> torch.Tensor:
     """SnapKV's scores `[B, H, N]`: attention summed over the last `windows[b]` queries, pooled, then averaged over a group.
 
-    The window's own tokens score infinity: they always stay.
+    The window's own tokens always stay: they score infinity, and lend nothing to their neighbours before the window.
     """
     widest = int(windows.max())
     attention = observe_window(state, widest)
     voting = attention.shape[2]  # of a decode step that decides after a swap there is one query
     votes = torch.arange(voting, device=windows.device) >= voting - windows.view(-1, 1)
-    scores = (attention * votes[:, None, :, None]).sum(2)
-    scores = reduce_heads(pool_scores(scores, pooling, kernel), state.keys.shape[1])
-    return scores.masked_fill(recent(state, windows), torch.inf)
+    scores = (attention * votes[:, None, :, None]).sum(2).unflatten(1, (state.keys.shape[1], -1))
+    is_window = recent(state, windows)
+    pooled = pool_scores(scores.masked_fill(is_window.unsqueeze(2), 0), pooling, kernel)
+    return pooled.mean(2).masked_fill(is_window, torch.inf)
 
 
 def reduce_heads(scores: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
