@@ -23,7 +23,7 @@ class FastKV(CacheMethod):
     deviations: ClassVar[tuple[str, ...]] = (
         "At least as many tokens go on as the budget keeps, so that every layer fills its budget; in the paper's code a budget "
         "above the rate leaves the later layers with less.",
-        "The window is at most half the budget, and scores are pooled over all tokens before the window is set apart.",
+        "The window is at most half the budget, so that small budgets still choose.",
     )
 
     budget: Budget = budget_knob(0.1)

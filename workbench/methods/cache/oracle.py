@@ -16,7 +16,10 @@ from workbench.methods.cache.base import CacheMethod, keep_top, reduce_heads
 @register
 @dataclass(frozen=True)
 class Oracle(CacheMethod):
-    """Keeps what the model's own greedy continuation, decoded densely first, attends to most: a bound, not a technique."""
+    """Keeps what the model's own greedy continuation, decoded densely first, attends to most: a bound, not a technique.
+
+    It knows what the model would say next, not a question that is asked later, and bounds the mass retained for the former.
+    """
 
     name: ClassVar[str] = "oracle"
     paper: ClassVar[str] = "none: the offline bound of Zhang et al. 2023, arXiv 2306.14048"
