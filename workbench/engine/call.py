@@ -31,6 +31,18 @@ class Waiting:
     scaling: float
 
 
+@dataclass(frozen=True)
+class Thinned:
+    """The tokens of a call that went on to the later layers, and those that did not. Shapes: L' tokens that went on."""
+
+    index: torch.Tensor
+    """`[B, L']` which of the call's tokens they are; a row with fewer is filled up in front."""
+    counts: list[int]
+    """How many of each row went on."""
+    absent: torch.Tensor
+    """`[B, Q]` positions of the others; -1 elsewhere."""
+
+
 @dataclass
 class Call:
     """One forward call, shared by all layers of a cache. The session updates it before each call."""
@@ -45,6 +57,8 @@ class Call:
     """Tokens each row has seen, this call's included, padding not counted."""
     capacity: dict[int, list[int]] = field(default_factory=dict)
     """Tokens each kv head may keep, by layer and row; a layer that is not listed has no bound."""
+    thinned: Thinned | None = None
+    """Set while a call runs layers that not all of its tokens reach."""
     prompt_tokens: list[int] = field(default_factory=list)
     """Tokens in each row's prompt."""
     divided_at: list[int] = field(default_factory=list)
@@ -62,12 +76,26 @@ class Call:
         """Tokens each row has seen after its prompt, this call's included."""
         return self.seen[0] - self.prompt_tokens[0]
 
+    def thin(self, passing: torch.Tensor) -> None:
+        """From the next layer on, only the tokens of `passing` `[B, Q]` are there."""
+        counts = passing.sum(-1)
+        length = int(counts.max())
+        if length == passing.shape[1]:
+            return
+        index = passing.to(torch.int8).argsort(dim=-1, stable=True)[:, passing.shape[1] - length :]
+        absent = torch.where(passing, -1, self.positions)
+        self.thinned = Thinned(index, counts.tolist(), absent)
+        filling = torch.arange(length, device=passing.device) < (length - counts)[:, None]
+        self.positions = self.positions.gather(1, index).masked_fill(filling, -1)
+        self.has_padding = min(self.thinned.counts) < length
+
     def record_attention(self, layer: int, attention: Attention, shape: torch.Size, num_slots: int, kernel: str) -> None:
         """Writes a layer's attention. `shape` is that of the queries, `[B, Hq, Q, D]`; `num_slots` are held before it."""
         batch, _, num_queries, _ = shape
         window = attention.window
         if self.has_padding:
-            pairs = sum(causal_pairs(min(num_queries, seen), seen, window) for seen in self.seen)
+            there = self.seen if self.thinned is None else self.thinned.counts
+            pairs = sum(causal_pairs(min(num_queries, seen), seen, window) for seen in there)
         else:
             pairs = batch * causal_pairs(num_queries, num_slots, window)
         read = num_slots if window is None else min(num_slots, window - 1 + num_queries)

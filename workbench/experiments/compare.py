@@ -11,7 +11,7 @@ from statistics import mean, median
 import pandas as pd
 import torch
 
-from workbench.cost.metrics import Fired, cache_bytes, fired, ttft_ns
+from workbench.cost.metrics import BEFORE_FIRST_TOKEN, Fired, cache_bytes, fired, ttft_ns
 from workbench.engine.cache import acting_layers
 from workbench.engine.session import Session
 from workbench.engine.setup import Method, Setup
@@ -254,9 +254,9 @@ def _row(setup: Setup, episodes: list[Episode], samples: list[_Sample]) -> Row:
         top1_agreement=_mean(samples, "top1"),
         ttft_s=median(ttft_ns(sample.trace) for sample in samples) / 1e9,
         tpot_s=float(pd.concat(decode).median()) / 1e9,
-        prefill_flops=round(mean(each["prefill"] for each in flops)),
-        decode_flops=round(mean(each.sum() - each["prefill"] for each in flops)),
-        decode_bytes=round(mean(each.sum() - each["prefill"] for each in moved)),
+        prefill_flops=round(mean(_before(each) for each in flops)),
+        decode_flops=round(mean(each.sum() - _before(each) for each in flops)),
+        decode_bytes=round(mean(each.sum() - _before(each) for each in moved)),
         kv_physical_bytes=round(mean(each["physical_bytes"] for each in held)),
         kv_nominal_bytes=round(mean(each["nominal_bytes"] for each in held)),
         peak_memory_bytes=None if None in peaks else max(peaks),
@@ -287,6 +287,11 @@ def _depth_scores(episodes: list[Episode], samples: list[_Sample]) -> tuple[tupl
             if turn.depth is not None:
                 at.setdefault(turn.depth, []).append(score)
     return tuple((depth, mean(at[depth])) for depth in sorted(at))
+
+
+def _before(by_phase: pd.Series) -> int:
+    """What was spent before the first token."""
+    return by_phase.reindex(BEFORE_FIRST_TOKEN, fill_value=0).sum()
 
 
 def _mean(samples: list[_Sample], values: str) -> float:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from workbench.engine.cache import acting_layers, within
-from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
+from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
 from workbench.experiments.replay_layers import gone_by_layer, has_state
@@ -45,10 +45,11 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
         budgets: fractions of the prompt, or tokens a kv head.
 
     Raises:
-        UserError: for a method without a budget, no method or budget at all, and more memory than is free.
+        UserError: for a method without a budget or one that needs what no recording holds, no method or budget at all, and
+            more memory than is free.
     """
     wanted = list({repr(budget): budget for budget in budgets}.values())  # 1 token is not 1.0 of the prompt
-    families = [_at_budgets(given, wanted) for given in methods]
+    families = [_at_budgets(given, wanted, recording) for given in methods]
     if not wanted or not families:
         raise UserError("There is nothing to replay: give at least one method and one budget.")
     _check_room(recording, len(wanted))
@@ -120,14 +121,38 @@ def _scene(recording: Recording, layer: LayerTensors) -> _Scene:
     return scene
 
 
-def _at_budgets(given: Method | str, budgets: list[Budget]) -> list[CacheMethod]:
+def _at_budgets(given: Method | str, budgets: list[Budget], recording: Recording) -> list[CacheMethod]:
     """A method at each budget."""
     method = parse_method(given) if isinstance(given, str) else given
     if not isinstance(method, CacheMethod):
         raise UserError(f"{given!r} has no budget to replay; give methods that evict, such as 'h2o' or wb.SnapKV(window=16).")
     if ROTATION in method.needs:
         raise UserError(f"{method.name!r} needs to know how the model rotates keys, which no recording holds; run it live.")
+    if THINNING in method.needs:
+        raise UserError(
+            f"{method.name!r} changes what later layers compute, so a dense recording cannot serve it; run it live."
+        )
+    if FORESIGHT in method.needs:
+        _check_foresight(method, recording)
     return [dataclasses.replace(method, budget=budget) for budget in budgets]
+
+
+def _check_foresight(method: CacheMethod, recording: Recording) -> None:
+    """A recording holds the model's own continuation, as far as it was recorded, and no other rehearsal."""
+    rehearsal = method.rehearsal([recording.trace.table("tokens")["id"].tolist()[: recording.prompt_tokens]])
+    if rehearsal.tokens is not None or rehearsal.shift or rehearsal.trained:
+        raise UserError(f"{method.label!r} rehearses tokens of its own, which no recording holds; run it live.")
+    if rehearsal.count > recording.steps:
+        raise UserError(
+            f"{method.label!r} looks {rehearsal.count} tokens ahead and the recording has {recording.steps}; record with "
+            f"new_tokens={rehearsal.count}, or let it look less far."
+        )
+
+
+def _foresight(scene: _Scene, policy: CachePolicy) -> torch.Tensor:
+    """`[1, Hq, P]` attention of the recorded continuation over the prompt, as far as the method looks ahead."""
+    count = policy.rehearsal([[0]]).count
+    return scene.rows[:, :, :count, : scene.prompt].sum(2).flatten(0, 1)[None]
 
 
 def _name(policy: Method) -> str:
@@ -324,6 +349,7 @@ def _decide(
         phase="prefill" if step == 0 else "decode",
         queries=asked,
         mass=store.side.get(MASS),
+        foresight=_foresight(scene, policy) if FORESIGHT in policy.needs else None,
     )
     occupied = state.occupied
     keep = policy.keep(state) & occupied

@@ -38,6 +38,7 @@ class Row:
     ttft_s: float
     tpot_s: float
     prefill_flops: int
+    """Of everything before the first token: the prompt, and what a method rehearses after it."""
     decode_flops: int
     """Of everything after the prefill: appended questions and decoded tokens."""
     decode_bytes: int

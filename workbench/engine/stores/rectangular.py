@@ -166,6 +166,10 @@ class RectangularStore:
             self.length = num_slots
             self._weigh()
 
+    def crop(self, length: int) -> None:
+        """Takes back what was appended beyond `length` slots. Nothing moves; the room stays for tokens to come."""
+        self.length = length
+
     def clone(self) -> RectangularStore:
         """An independent copy."""
         other = copy.copy(self)
