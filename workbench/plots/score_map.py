@@ -19,6 +19,8 @@ _SCALE = [[0.0, "#F7F7F7"], [1.0, "#0072B2"]]
 def score_table(comparison: Comparison, column: str = "score") -> pd.DataFrame:
     """A quality column by method (with its knobs, without the budget) and budget; methods with the best mean come first.
 
+    NaN where a method had nothing to do, since then the quality is not its own.
+
     Raises UserError for a column that is no measure of quality, and if no setup has a budget.
     """
     if column not in _HIGHER_IS_BETTER:
@@ -28,7 +30,7 @@ def score_table(comparison: Comparison, column: str = "score") -> pd.DataFrame:
         found = _BUDGET.search(row.setup)
         if found:
             method = _BUDGET.sub("", row.setup).replace(", )", ")").removesuffix("()")
-            cells[method, float(found[1])] = getattr(row, column)
+            cells[method, float(found[1])] = getattr(row, column) if row.steps else float("nan")
     if not cells:
         raise UserError("No setup of this comparison has a budget; compare methods such as 'snapkv:budget=0.2'.")
     table = pd.Series(cells).unstack()
@@ -45,7 +47,7 @@ def score_map(comparison: Comparison, column: str = "score") -> go.Figure:
             z=table.to_numpy(),
             x=[f"{budget:g}" for budget in table.columns],
             y=list(table.index),
-            text=table.map("{:.2f}".format).to_numpy(),
+            text=table.map(lambda value: "idle" if value != value else f"{value:.2f}").to_numpy(),
             texttemplate="%{text}",
             colorscale=_SCALE if better else [[0.0, _SCALE[1][1]], [1.0, _SCALE[0][1]]],
             zmin=0,
