@@ -44,10 +44,26 @@ class Call:
         """Tokens each row has seen after its prompt, this call's included."""
         return self.seen[0] - self.prompt_tokens[0]
 
-    def record_attention(self, layer: int, attention: Attention, shape: torch.Size, num_slots: int, kernel: str) -> None:
-        """Writes a layer's attention. `shape` is that of the queries, `[B, Hq, Q, D]`; `num_slots` are held before it."""
+    def record_attention(
+        self,
+        layer: int,
+        attention: Attention,
+        shape: torch.Size,
+        num_slots: int,
+        kernel: str,
+        selected: torch.Tensor | None = None,
+    ) -> None:
+        """Writes a layer's attention.
+
+        `shape` is that of the queries, `[B, Hq, Q, D]`; `num_slots` are held before it. If only some of them are read by one
+        query, `selected` `[B, S, N]` says which of the N slots read by each of S heads it may see.
+        """
         batch, _, num_queries, _ = shape
         window = attention.window
+        if selected is not None:
+            pairs = round(int(selected.sum()) / selected.shape[1])
+            row = (batch, num_queries, selected.shape[2], num_slots, pairs, kernel, "selected")
+            return self.writer.add("attention", self.step, layer, *row)
         if self.has_padding:
             pairs = sum(causal_pairs(min(num_queries, seen), seen, window) for seen in self.seen)
         else:
@@ -57,9 +73,13 @@ class Call:
         kind = "causal" if window is None else "sliding"
         self.writer.add("attention", self.step, layer, batch, num_queries, read, kept, pairs, kernel, kind)
 
-    def record_evictions(self, layer: int, dropped: torch.Tensor) -> None:
-        """Writes one row a dropped token. `dropped` `[B, H, N]` holds their positions, -1 elsewhere."""
+    def record_evictions(self, layer: int, dropped: torch.Tensor, into: torch.Tensor | None = None) -> None:
+        """Writes one row a dropped token.
+
+        `dropped` `[B, H, N]` holds their positions, -1 elsewhere; `into` those of the tokens they went into, if they did.
+        """
         gone = dropped.ge(0)
         rows, heads, _ = (index.tolist() for index in gone.nonzero(as_tuple=True))
-        where = zip(rows, heads, dropped[gone].tolist(), strict=True)
-        self.writer.extend("evictions", ((self.step, row, layer, head, position, -1) for row, head, position in where))
+        merged = [-1] * len(rows) if into is None else into[gone].tolist()
+        where = zip(rows, heads, dropped[gone].tolist(), merged, strict=True)
+        self.writer.extend("evictions", ((self.step, row, layer, head, *tokens) for row, head, *tokens in where))

@@ -80,6 +80,44 @@ class LayerState:
         return self.newest.view(-1) + 1 - self.since_prompt
 
 
+@dataclass(frozen=True)
+class PageLevel:
+    """Bounds on the keys of P pages, `size` tokens held each; the last page of a head may hold fewer."""
+
+    size: int
+    highest: torch.Tensor
+    """`[B, H, P, D]` elementwise maximum of the keys of each page."""
+    lowest: torch.Tensor
+    """`[B, H, P, D]` their minimum."""
+    there: torch.Tensor
+    """`[B, H, P]` whether a page holds any token; the bounds of one that does not mean nothing."""
+
+
+@dataclass(frozen=True)
+class ReadState:
+    """What a method selects by, before the attention of a decode step; the new token is held already."""
+
+    query: torch.Tensor
+    """`[B, Hq, 1, D]`, rotated."""
+    levels: tuple[PageLevel, ...]
+    """One for each of the method's page sizes."""
+    layer: int
+    prompt_tokens: tuple[int, ...]
+    """Of each row."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """K and V after a merge, and where the tokens that leave went."""
+
+    keys: torch.Tensor
+    """`[B, H, N, D]`; only those of the slots that stay matter."""
+    values: torch.Tensor
+    """`[B, H, N, Dv]`."""
+    into: torch.Tensor
+    """`[B, H, N]` position of the token that a slot's was merged into, -1 if into none."""
+
+
 class CachePolicy(Protocol):
     """A cache method as the engine uses it."""
 
@@ -98,6 +136,12 @@ class CachePolicy(Protocol):
     """`at end` or `cascade` if layers divide the budget by what they report; None: by `allocate` alone."""
     every: int
     """After the prompt it decides each time so many more tokens have been seen: 1 is at every call."""
+    by_slot: bool
+    """Whether attention takes a token's rank among those held for its position, once tokens are missing."""
+    merges: bool
+    """Whether tokens that leave change K and V of those that stay: then `merge` is asked after `keep`."""
+    pages: tuple[int, ...]
+    """Tokens a page at each level, the largest first, if a decode step reads only selected pages of the last; else empty."""
 
     def capacity(self, prompt_tokens: int) -> int | None:
         """Tokens each kv head may keep after a prompt of this length, on average over layers; None: no bound."""
@@ -138,6 +182,22 @@ class CachePolicy(Protocol):
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
         """FLOPs and bytes one call of `keep` adds."""
+        ...
+
+    def merge(self, state: LayerState, keep: torch.Tensor) -> Merged:
+        """K and V of what stays, if the policy merges; `keep` is what it has just decided. `scoring_cost` includes it."""
+        ...
+
+    def most_pages(self, layer: int, held: int, prompt_tokens: int) -> int | None:
+        """Most pages a head reads at a decode step when it holds so many tokens, if the policy selects; None: all."""
+        ...
+
+    def select(self, state: ReadState) -> torch.Tensor:
+        """`[B, H, P]` bool: the pages that are read, by kv head; `[B, Hq, P]` if each query head reads its own."""
+        ...
+
+    def selection_cost(self, state: ReadState) -> tuple[int, int]:
+        """FLOPs and bytes one call of `select` adds."""
         ...
 
 

@@ -60,5 +60,6 @@ def _feed(layer: EngineLayer, tensors: LayerTensors, start: int, stop: int) -> N
         if layer.call.phase == "prefill":
             layer.store.side[MASS].add_(tensors.prompt_mass)
         else:
-            layer.add_mass(query, tensors.scaling, softcap=tensors.softcap, sinks=tensors.sinks, occupied=layer.store.occupied)
+            options = {"softcap": tensors.softcap, "sinks": tensors.sinks, "occupied": layer.store.occupied}
+            layer.add_mass(query, layer.store.keys, tensors.scaling, **options)
     layer.rule(query, tensors.scaling)

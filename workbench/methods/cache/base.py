@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from workbench.engine.policy import LayerState, Side
+from workbench.engine.policy import LayerState, Merged, ReadState, Side
 from workbench.methods.base import Budget, Method, resolve_budget
 from workbench_kernels.attention_rows import attention_rows
 
@@ -31,6 +31,7 @@ class CacheMethod(Method):
     """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
     side: ClassVar[Mapping[str, Side]] = {}
     observes: ClassVar[frozenset[str]] = EVERY_STEP
+    merges: ClassVar[bool] = False
 
     budget: Budget
 
@@ -44,11 +45,21 @@ class CacheMethod(Method):
         """Tokens after the prompt between decisions."""
         return 1
 
+    @property
+    def by_slot(self) -> bool:
+        """Whether attention takes a token's rank among those held for its position."""
+        return False
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """Tokens a page at each level, if a decode step reads only selected pages."""
+        return ()
+
     def capacity(self, prompt_tokens: int) -> int:
         """Tokens each kv head may keep after a prompt of this length, on average over layers."""
         return resolve_budget(self.budget, prompt_tokens)
 
-    def allocate(self, prompt_tokens: int, num_layers: int) -> list[int]:
+    def allocate(self, prompt_tokens: int, num_layers: int) -> list[int] | None:
         """The same for each of the layers the method acts on, first to last: here as much for each."""
         return [self.capacity(prompt_tokens)] * num_layers
 
@@ -77,6 +88,22 @@ class CacheMethod(Method):
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
         """FLOPs (of matrix products) and bytes one decision adds."""
         return 0, 0
+
+    def merge(self, state: LayerState, keep: torch.Tensor) -> Merged:
+        """K and V of what stays: see `CachePolicy`."""
+        raise TypeError(f"{type(self).__name__} merges and must say how: define merge(state, keep).")
+
+    def most_pages(self, layer: int, held: int, prompt_tokens: int) -> int | None:
+        """Most pages a head reads at a decode step: see `CachePolicy`."""
+        raise TypeError(f"{type(self).__name__} selects and must say how much: define most_pages(...).")
+
+    def select(self, state: ReadState) -> torch.Tensor:
+        """The pages that are read: see `CachePolicy`."""
+        raise TypeError(f"{type(self).__name__} selects and must say what: define select(state).")
+
+    def selection_cost(self, state: ReadState) -> tuple[int, int]:
+        """FLOPs (of matrix products) and bytes one call of `select` adds."""
+        raise TypeError(f"{type(self).__name__} must say what selecting costs: define selection_cost(state).")
 
 
 def keep_top(scores: torch.Tensor, count: torch.Tensor, occupied: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,9 @@ class Dense(Method):
     ragged: ClassVar[bool] = False
     observes: ClassVar[frozenset[str]] = frozenset()
     side: ClassVar[dict] = {}
+    by_slot: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    pages: ClassVar[tuple[int, ...]] = ()
 
     def capacity(self, prompt_tokens: int) -> None:
         """No bound."""
