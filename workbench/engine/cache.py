@@ -18,7 +18,7 @@ from workbench.engine.call import Call
 from workbench.engine.joint import divide, divides
 from workbench.engine.placing import placed
 from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
-from workbench.engine.selection import Source, is_due, pages_of, read_state, reads_beside
+from workbench.engine.selection import Source, asks, pages_of, read_state, reads_beside
 from workbench.engine.stores.ragged import RaggedStore
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
@@ -44,7 +44,7 @@ class EngineLayer(CacheLayerMixin):
         self.call = call
         self.rotation: Rotation | None = None
         self.store: RectangularStore | RaggedStore = RectangularStore(kept_beside(policy))
-        self.pages = pages_of(policy)
+        self.pages = pages_of(policy, index)
         self._seen = 0
         self._scaling = 1.0
         self._undecided = False
@@ -138,7 +138,7 @@ class EngineLayer(CacheLayerMixin):
         self.store.sort()
         if policy is not None and not policy.ragged:
             self.store = self.store.rectangular()
-        self.policy, self.pages = policy, pages_of(policy)
+        self.policy, self.pages = policy, pages_of(policy, self.index)
         self.store.replace_side(kept_beside(policy))
         self._undecided = True
 
@@ -156,11 +156,13 @@ class EngineLayer(CacheLayerMixin):
             return query, store
         if self.pages is not None:
             self.pages.add(store, query.shape[2])
-            if is_due(policy, self.call, self.index, store):
-                state = read_state(query, self.pages, self.call, self.index, store.length)
+            may, must = asks(policy, self.pages, self.call, store)
+            if may:
+                state = read_state(query, self.pages, self.call, self.index, store)
                 source = self.pages.gather(store, policy.select(state)) or store
                 flops, moved = policy.selection_cost(state)
-                self._record("select", 0)
+                if must:
+                    self._record("select", 0)
                 self._record("score", 0, flops, moved + reads_beside(source, self.attention.num_kv_heads))
                 return query, source
         if policy.by_slot and self.call.phase != "prefill":

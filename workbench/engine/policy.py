@@ -102,6 +102,8 @@ class ReadState:
     levels: tuple[PageLevel, ...]
     """One for each of the method's page sizes."""
     layer: int
+    held: tuple[int, ...]
+    """Tokens that the fullest kv head of each row holds."""
     prompt_tokens: tuple[int, ...]
     """Of each row."""
 
@@ -140,8 +142,8 @@ class CachePolicy(Protocol):
     """Whether attention takes a token's rank among those held for its position, once tokens are missing."""
     merges: bool
     """Whether tokens that leave change K and V of those that stay: then `merge` is asked after `keep`."""
-    pages: tuple[int, ...]
-    """Tokens a page at each level, the largest first, if a decode step reads only selected pages of the last; else empty."""
+    selects: bool
+    """Whether a decode step may read only some of what is held: pages that `select` chooses."""
 
     def capacity(self, prompt_tokens: int) -> int | None:
         """Tokens each kv head may keep after a prompt of this length, on average over layers; None: no bound."""
@@ -188,8 +190,12 @@ class CachePolicy(Protocol):
         """K and V of what stays, if the policy merges; `keep` is what it has just decided. `scoring_cost` includes it."""
         ...
 
-    def most_pages(self, layer: int, held: int, prompt_tokens: int) -> int | None:
-        """Most pages a head reads at a decode step when it holds so many tokens, if the policy selects; None: all."""
+    def page_sizes(self, layer: int) -> tuple[int, ...]:
+        """Tokens a page at each level of a layer, the largest first, if the policy selects there; it selects of the last."""
+        ...
+
+    def page_limits(self, held: int, prompt_tokens: int) -> tuple[int, int]:
+        """Fewest and most pages a head reads at a decode step when it holds so many tokens, if the policy selects."""
         ...
 
     def select(self, state: ReadState) -> torch.Tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from operator import gt
 
 import torch
 import torch.nn.functional as F
 
 from workbench.engine.call import Call
 from workbench.engine.policy import CachePolicy, PageLevel, ReadState
-from workbench.engine.stores.ragged import RaggedStore
 from workbench.engine.stores.rectangular import RectangularStore
 
 
@@ -131,24 +131,25 @@ class Pages:
             lowest.scatter_reduce_(2, page, keys.masked_fill(padding, highest_of_all), "amin")
 
 
-def pages_of(policy: CachePolicy | None) -> Pages | None:
-    """The pages a policy selects from, if it does."""
-    return Pages(policy.pages) if policy is not None and policy.pages else None
+def pages_of(policy: CachePolicy | None, layer: int) -> Pages | None:
+    """The pages of a layer that a policy selects from, if it does."""
+    sizes = policy.page_sizes(layer) if policy is not None and policy.selects else ()
+    return Pages(sizes) if sizes else None
 
 
-def is_due(policy: CachePolicy, call: Call, layer: int, store: RectangularStore | RaggedStore) -> bool:
-    """Whether a layer holds more pages than a decode step of this policy reads."""
+def asks(policy: CachePolicy, pages: Pages, call: Call, store: RectangularStore) -> tuple[bool, bool]:
+    """Whether a layer asks its policy what to read, and whether that must be less than all it holds."""
     if call.phase != "decode":
-        return False
-    size = policy.pages[-1]
-    rows = zip(store.held_by_row(), call.prompt_tokens, strict=True)
-    limits = [(held, policy.most_pages(layer, held, prompt)) for held, prompt in rows]
-    return any(limit is not None and -(-held // size) > limit for held, limit in limits)
+        return False, False
+    rows = list(zip(store.held_by_row(), call.prompt_tokens, strict=True))
+    there = [-(-held // pages.sizes[-1]) for held, _ in rows]
+    fewest, most = zip(*(policy.page_limits(*row) for row in rows), strict=True)
+    return any(map(gt, there, fewest)), any(map(gt, there, most))
 
 
-def read_state(query: torch.Tensor, pages: Pages, call: Call, layer: int, length: int) -> ReadState:
+def read_state(query: torch.Tensor, pages: Pages, call: Call, layer: int, store: RectangularStore) -> ReadState:
     """What a policy selects by."""
-    return ReadState(query, pages.levels(length), layer, tuple(call.prompt_tokens))
+    return ReadState(query, pages.levels(store.length), layer, tuple(store.held_by_row()), tuple(call.prompt_tokens))
 
 
 def reads_beside(source: Source | RectangularStore, num_kv_heads: int) -> int:

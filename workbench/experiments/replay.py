@@ -105,7 +105,7 @@ def _at_budgets(given: Method | str, budgets: list[Budget]) -> list[CacheMethod]
     method = parse_method(given) if isinstance(given, str) else given
     if not isinstance(method, CacheMethod):
         raise UserError(f"{given!r} has no budget to replay; give methods that evict, such as 'h2o' or wb.SnapKV(window=16).")
-    if method.pages:
+    if method.selects:
         raise UserError(
             f"{method.name!r} selects what each step reads, which a replay of kept tokens cannot show; run it live."
         )

@@ -32,6 +32,7 @@ class CacheMethod(Method):
     side: ClassVar[Mapping[str, Side]] = {}
     observes: ClassVar[frozenset[str]] = EVERY_STEP
     merges: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     budget: Budget
 
@@ -49,11 +50,6 @@ class CacheMethod(Method):
     def by_slot(self) -> bool:
         """Whether attention takes a token's rank among those held for its position."""
         return False
-
-    @property
-    def pages(self) -> tuple[int, ...]:
-        """Tokens a page at each level, if a decode step reads only selected pages."""
-        return ()
 
     def capacity(self, prompt_tokens: int) -> int:
         """Tokens each kv head may keep after a prompt of this length, on average over layers."""
@@ -93,9 +89,13 @@ class CacheMethod(Method):
         """K and V of what stays: see `CachePolicy`."""
         raise TypeError(f"{type(self).__name__} merges and must say how: define merge(state, keep).")
 
-    def most_pages(self, layer: int, held: int, prompt_tokens: int) -> int | None:
-        """Most pages a head reads at a decode step: see `CachePolicy`."""
-        raise TypeError(f"{type(self).__name__} selects and must say how much: define most_pages(...).")
+    def page_sizes(self, layer: int) -> tuple[int, ...]:
+        """Tokens a page at each level: see `CachePolicy`."""
+        raise TypeError(f"{type(self).__name__} selects and must say of what: define page_sizes(layer).")
+
+    def page_limits(self, held: int, prompt_tokens: int) -> tuple[int, int]:
+        """Fewest and most pages a head reads at a decode step: see `CachePolicy`."""
+        raise TypeError(f"{type(self).__name__} selects and must say how much: define page_limits(...).")
 
     def select(self, state: ReadState) -> torch.Tensor:
         """The pages that are read: see `CachePolicy`."""

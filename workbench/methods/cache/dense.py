@@ -23,7 +23,7 @@ class Dense(Method):
     side: ClassVar[dict] = {}
     by_slot: ClassVar[bool] = False
     merges: ClassVar[bool] = False
-    pages: ClassVar[tuple[int, ...]] = ()
+    selects: ClassVar[bool] = False
 
     def capacity(self, prompt_tokens: int) -> None:
         """No bound."""

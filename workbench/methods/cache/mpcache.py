@@ -25,6 +25,7 @@ class MPCache(CacheMethod):
     name: ClassVar[str] = "mpcache"
     paper: ClassVar[str] = "Zeng et al. 2025, arXiv 2501.06807"
     needs: ClassVar[frozenset[str]] = frozenset({QUERIES})
+    selects: ClassVar[bool] = True
     deviations: ClassVar[tuple[str, ...]] = (
         "The budget is what a kv head reads at a decode step; ratio2 says which share of the tokens kept that is, so "
         "budget / ratio2 of the prompt stay, or all of it where the budget is more than ratio2: then more than ratio2 is read.",
@@ -46,8 +47,7 @@ class MPCache(CacheMethod):
     ratio2: float = knob(0.2, low=0.01, high=1.0, unit="share", help="Tokens kept that a step reads.")
     alpha: float = knob(0.6, low=0.0, high=1.0, help="Weight of a cluster's maximum; its minimum has the rest.")
 
-    @property
-    def pages(self) -> tuple[int, ...]:
+    def page_sizes(self, layer: int) -> tuple[int, ...]:
         """Clusters of 32, and of 16."""
         return _COARSE, _FINE
 
@@ -74,9 +74,10 @@ class MPCache(CacheMethod):
         asked = batch * num_q_heads * window * head_dim * state.queries.element_size()
         return flops, state.keys.nbytes + asked + 4 * batch * num_slots
 
-    def most_pages(self, layer: int, held: int, prompt_tokens: int) -> int:
-        """Clusters of 16: a share of those held, and the first and the last."""
-        return int(-(-held // _FINE) * self._share(prompt_tokens)) + 2
+    def page_limits(self, held: int, prompt_tokens: int) -> tuple[int, int]:
+        """Clusters of 16: a share of those held, and the first and the last, which may be among them."""
+        count = int(-(-held // _FINE) * self._share(prompt_tokens))
+        return max(count, 2), count + 2
 
     def select(self, state: ReadState) -> torch.Tensor:
         """The clusters of 16 most like the query, in those of 32 most like it; and the first and the last."""

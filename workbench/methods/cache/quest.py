@@ -22,6 +22,7 @@ class Quest(CacheMethod):
     name: ClassVar[str] = "quest"
     paper: ClassVar[str] = "Tang et al. 2024, arXiv 2406.10774"
     acts: ClassVar[frozenset[str]] = frozenset()
+    selects: ClassVar[bool] = True
     deviations: ClassVar[tuple[str, ...]] = (
         "The query heads of a group read the same pages, those that any of them scores highest, so that the budget is what a "
         "kv head reads; share_heads=false lets each choose for itself, as the paper's code does, and the group reads more.",
@@ -33,17 +34,18 @@ class Quest(CacheMethod):
     dense_layers: int = knob(2, low=0, high=1024, unit="layers", help="First layers, which read everything.")
     share_heads: bool = knob(True, help="Whether the query heads of a kv head read the same pages.")
 
-    @property
-    def pages(self) -> tuple[int, ...]:
-        """Pages of one size."""
-        return (self.page,)
+    def page_sizes(self, layer: int) -> tuple[int, ...]:
+        """Pages of one size, but in the first layers."""
+        return () if layer < self.dense_layers else (self.page,)
 
     def allocate(self, prompt_tokens: int, num_layers: int) -> None:
         """No bound on what is held."""
 
-    def most_pages(self, layer: int, held: int, prompt_tokens: int) -> int | None:
-        """The pages that fit into the budget, at least three; all in the first layers."""
-        return None if layer < self.dense_layers else max(_FEWEST_PAGES, self.capacity(prompt_tokens) // self.page)
+    def page_limits(self, held: int, prompt_tokens: int) -> tuple[int, int]:
+        """The whole pages that fit into the budget, at least three; all if all tokens fit."""
+        budget = self.capacity(prompt_tokens)
+        most = -(-held // self.page) if held <= budget else max(_FEWEST_PAGES, budget // self.page)
+        return most, most
 
     def select(self, state: ReadState) -> torch.Tensor:
         """The pages of highest bound."""
@@ -52,7 +54,8 @@ class Quest(CacheMethod):
         if self.share_heads:
             scores = scores.unflatten(1, (level.there.shape[1], -1)).amax(2)
         there = level.there.repeat_interleave(scores.shape[1] // level.there.shape[1], 1)
-        most = [self.most_pages(state.layer, 0, prompt) or there.shape[2] for prompt in state.prompt_tokens]
+        rows = zip(state.held, state.prompt_tokens, strict=True)
+        most = [self.page_limits(*row)[1] for row in rows]
         return keep_top(scores.float(), torch.tensor(most, device=scores.device), there)
 
     def selection_cost(self, state: ReadState) -> tuple[int, int]:
