@@ -20,6 +20,7 @@ class StreamingLLM(CacheMethod):
     name: ClassVar[str] = "streaming-llm"
     paper: ClassVar[str] = "Xiao et al. 2023, arXiv 2309.17453"
     acts: ClassVar[frozenset[str]] = EVERY_STEP
+    rowwise: ClassVar[bool] = True
     deviations: ClassVar[tuple[str, ...]] = (
         "By default positions are the true ones; the paper caches unrotated keys and rotates by cache slot, as positions=slot "
         "does (exactly, where a model's frequencies do not change with the length).",
