@@ -10,7 +10,7 @@ import pytest
 import workbench as wb
 from workbench import cli
 from workbench.cost.hardware import HARDWARE
-from workbench.experiments import calibrate as calibration
+from workbench.experiments import machine
 
 
 @pytest.fixture
@@ -147,9 +147,9 @@ def test_predict_of_a_trace(run, tmp_path, monkeypatch):
     assert "beside_measured" not in found
 
 
-def test_calibrate_and_stand_beside_a_measurement(run, tmp_path, monkeypatch):
+def test_measure_the_machine_and_stand_beside_a_measurement(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(calibration, "FULL", calibration.QUICK)
+    monkeypatch.setattr(machine, "FULL", machine.QUICK)
     run("profile", "--prompt-tokens", "50", "--new-tokens", "3")
     code, _, err = run("predict", "--trace", "run.trace", "--hardware", "this-machine")
     assert code == 2 and "run `workbench doctor --calibrate`" in err

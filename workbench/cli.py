@@ -354,7 +354,7 @@ def doctor(
 ) -> None:
     """Say what works on this machine, and why something does not."""
     if calibrate:
-        _calibrate(as_json)
+        _measure_machine(as_json)
         return
     from workbench.doctor import checks
     from workbench.probes.environment import environment
@@ -371,11 +371,11 @@ def doctor(
     _out.print(table)
 
 
-def _calibrate(as_json: bool) -> None:
-    from workbench.experiments.calibrate import calibrate, store
+def _measure_machine(as_json: bool) -> None:
+    from workbench.experiments.machine import measure_machine, store
 
     with _progress(as_json) as advance:
-        sheet = calibrate(on_progress=advance)
+        sheet = measure_machine(on_progress=advance)
     path = store(sheet)
     if as_json:
         _print_json({"written": str(path), "sheet": sheet.to_dict()})

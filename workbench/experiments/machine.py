@@ -3,7 +3,7 @@
 The shapes are synthetic and the code is the one models run: `F.linear`, transformers' norm, rotary positions and
 attention, the engine's attention. Every time is the shortest of several: other work on the machine only ever adds to it.
 What the pieces miss is measured on random models. The share of a core this process got is kept with the sheet, so that a
-calibration of a busy machine can be told from one that was left alone.
+sheet of a busy machine can be told from one of a machine that was left alone.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ QUICK = Sizes(
 
 
 @torch.no_grad()
-def calibrate(
+def measure_machine(
     sizes: Sizes | None = None, *, device: str | torch.device | None = None, on_progress: Progress | None = None
 ) -> Hardware:
     """Measures this machine and returns its sheet, under the name `this-machine`. Takes less than a minute on two cores.

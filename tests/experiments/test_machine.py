@@ -1,4 +1,4 @@
-"""Calibration runs through on this machine and leaves a sheet that predicts. How fast the machine is, is not asked."""
+"""Measuring the machine runs through on this machine and leaves a sheet that predicts. How fast the machine is, is not asked."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 
 import workbench as wb
 from workbench.cost.rates import ATTENTION, PASSES
-from workbench.experiments.calibrate import QUICK, calibrate, store
+from workbench.experiments.machine import QUICK, measure_machine, store
 from workbench.testing import random_llama
 
 
 @pytest.fixture(scope="module")
 def sheet():
     seen = []
-    found = calibrate(QUICK, device="cpu", on_progress=lambda *progress: seen.append(progress))
+    found = measure_machine(QUICK, device="cpu", on_progress=lambda *progress: seen.append(progress))
     assert {name for name, *_ in seen} == set(found.rates)
     for name in found.rates:
         steps = [progress[1:] for progress in seen if progress[0] == name]
