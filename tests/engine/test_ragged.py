@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import workbench as wb
+from workbench.engine.policy import Side
 from workbench.engine.stores.ragged import RaggedStore
 from workbench.engine.stores.rectangular import SLACK, RectangularStore
 from workbench.methods.cache.base import EVERY_STEP
@@ -23,14 +24,13 @@ def append(store, start, count, batch=2, heads=3, dim=4):
     code = torch.arange(batch)[:, None, None] * 1e4 + torch.arange(heads)[:, None] * 1e3 + positions[:, None]
     keys = code[..., None].expand(-1, -1, -1, dim).contiguous()
     store.append(keys, -keys, positions, has_padding=False)
-    held = store.keys[..., 0]
-    received = torch.zeros(held.shape)
-    received[..., -count:] = code
-    store.add_mass(received)
+    mass = store.side["mass"]
+    mass[..., -count:] = code
+    store.put_side("mass", mass)
 
 
 def filled(length=20) -> RaggedStore:
-    store = RectangularStore(with_mass=True)
+    store = RectangularStore({"mass": Side()})
     append(store, 0, length)
     return RaggedStore.of(store)
 
@@ -42,7 +42,7 @@ def check(store):
     assert store.occupied is None or torch.equal(store.occupied, held)
     assert torch.equal((store.keys[..., 0] - code)[held], positions[held].float())
     assert torch.equal(store.values[held], -store.keys[held])
-    assert torch.equal(store.mass[held], store.keys[..., 0][held])
+    assert torch.equal(store.side["mass"][held], store.keys[..., 0][held])
     assert store.held_tokens() == int(held.sum())
     assert store.held_by_row() == held.sum(-1).amax(1).tolist() and store.total_by_row() == held.sum((1, 2)).tolist()
 
@@ -221,3 +221,21 @@ def test_flops_and_bytes_of_a_step_are_those_of_the_mean_length(tiny):
     assert set(ragged["kernel"]) == {"ragged"} and ragged["kv_read"].tolist() == even["kv_read"].tolist()
     assert traces[0].flops() == traces[1].flops()
     assert traces[0].bytes(model="eager") > 0 and dataclasses.is_dataclass(wb.AdaKV)
+
+
+def test_side_state_of_any_kind_moves_with_its_token():
+    store = RectangularStore({"step": Side(torch.int32, -1)})
+    positions = torch.arange(6, dtype=torch.int32)[None]
+    keys = torch.arange(6.0).expand(1, 2, 6)[..., None].contiguous()
+    store.append(keys, keys.clone(), positions, has_padding=False)
+    store = RaggedStore.of(store)
+    store.put_side("step", 10 * store.positions)
+    store.keep(torch.tensor([[[True, False, True, True, True, True], [False, False, False, False, True, False]]]))
+    store.append(keys[:, :, :1] + 6, keys[:, :, :1] + 6, positions[:, :1] + 6, has_padding=False)
+    held = store.positions >= 0
+    expected = torch.where(store.positions == 6, -1, 10 * store.positions)
+    assert store.side["step"].dtype == torch.int32 and torch.equal(store.side["step"][held], expected[held])
+    assert torch.equal(store.rectangular().side["step"][held], expected[held])
+    before = store.nbytes
+    store.replace_side({"mass": Side(), "count": Side(torch.int64, 7)})
+    assert store.nbytes == before + (before // (4 + 4 + 4 + 4)) * 8 and (store.side["count"][held] == 7).all()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from workbench.engine.policy import Side
 from workbench.engine.stores.rectangular import SLACK, RectangularStore
 
 
 def filled(batch=2, heads=3, length=20, dim=4) -> RectangularStore:
-    store = RectangularStore(with_mass=True)
+    store = RectangularStore({"mass": Side()})
     append(store, 0, length, batch, heads, dim)
     return store
 
@@ -20,7 +21,7 @@ def append(store, start, count, batch=2, heads=3, dim=4):
     code = torch.arange(batch)[:, None, None] * 1e4 + torch.arange(heads)[:, None] * 1e3 + positions[:, None]
     keys = code[..., None].expand(-1, -1, -1, dim).contiguous()
     store.append(keys, -keys, positions, has_padding=False)
-    store.mass[..., -count:] = code
+    store.side["mass"][..., -count:] = code
 
 
 def check(store):
@@ -28,7 +29,7 @@ def check(store):
     held = store.positions >= 0
     assert torch.equal((store.keys[..., 0] - code)[held], store.positions[held].float())
     assert torch.equal(store.values, -store.keys)
-    assert torch.equal(store.mass[held], store.keys[..., 0][held])
+    assert torch.equal(store.side["mass"][held], store.keys[..., 0][held])
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -112,7 +113,7 @@ def test_clone_is_independent():
 
 
 def test_sorting_puts_slots_in_the_order_of_the_text():
-    store = RectangularStore(with_mass=True)
+    store = RectangularStore({"mass": Side()})
     positions = torch.arange(6, dtype=torch.int32)[None]
     keys = torch.arange(6.0).view(1, 1, 6, 1)
     store.append(keys, keys.clone(), positions, has_padding=False)
@@ -135,3 +136,33 @@ def test_stores_given_the_same_positions_do_not_share_them():
         store.append(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2), positions, has_padding=False)
     stores[0].keep(torch.tensor([[[False, True, True, True, True]]]))
     assert stores[1].positions.flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_side_state_of_any_kind_moves_with_its_token_and_is_freed():
+    store = RectangularStore({"step": Side(torch.int32, -1), "mass": Side()})
+    positions = torch.arange(6, dtype=torch.int32)[None]
+    keys = torch.arange(6.0).view(1, 1, 6, 1)
+    store.append(keys, keys.clone(), positions, has_padding=False)
+    assert store.side["step"].dtype == torch.int32 and (store.side["step"] == -1).all() and (store.side["mass"] == 0).all()
+    store.side["step"].copy_(positions)
+    store.side["mass"].copy_(positions)
+    other = store.clone()
+    store.keep((positions != 1)[None])
+    store.append(keys[:, :, :1] + 6, keys[:, :, :1] + 6, positions[:, :1] + 6, has_padding=False)
+    assert store.side["step"].flatten().tolist() == [0, 5, 2, 3, 4, -1]
+    assert other.side["step"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    before = store.nbytes
+    slots = store._buffers["keys"].shape[2]
+    store.replace_side({"mass": Side(), "count": Side(torch.int64, 7)})
+    assert store.side.keys() == {"mass", "count"} and store.nbytes == before + slots * (8 - 4)
+    assert store.side["mass"].flatten().tolist() == [0, 5, 2, 3, 4, 0] and store.side["count"].flatten().tolist() == [7] * 6
+    store.replace_side({"count": Side(torch.int64, 9)})  # only the mass means the same to every method
+    assert store.side["count"].flatten().tolist() == [9] * 6
+
+
+def test_side_state_may_change_before_the_prompt():
+    store = RectangularStore({"step": Side(torch.int32)})
+    store.replace_side({"mass": Side()})
+    append(store, 0, 4)
+    check(store)
+    assert store.side.keys() == {"mass"}

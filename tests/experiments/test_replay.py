@@ -21,7 +21,9 @@ EVICTING = [cls for cls in CACHE if ROTATION not in cls.needs]
 
 def small(cls, budget=0.5):
     """The method with knobs that fit prompts of a few dozen tokens."""
-    return cls(budget=budget, **({"window": 8} if "window" in cls.__dataclass_fields__ else {}))
+    return cls(
+        budget=budget, **({"window": 2 if cls.name == "lazy-eviction" else 8} if "window" in cls.__dataclass_fields__ else {})
+    )
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["MQA", "GQA"])

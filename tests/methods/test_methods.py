@@ -29,7 +29,9 @@ def lm(request, tiny) -> wb.LM:
 
 def small(cls, budget):
     """The method with knobs that fit prompts of a few dozen tokens."""
-    return cls(budget=budget, **({"window": 8} if "window" in cls.__dataclass_fields__ else {}))
+    return cls(
+        budget=budget, **({"window": 2 if cls.name == "lazy-eviction" else 8} if "window" in cls.__dataclass_fields__ else {})
+    )
 
 
 def budget_held(session: wb.Session, cls) -> list[float]:
@@ -77,12 +79,21 @@ def test_budget_is_met_and_memory_is_freed(lm, cls, budget):
     limit = method.capacity(40)
     assert limit == (budget if isinstance(budget, int) else round(budget * 40))
     shares = method.allocate(40, lm.anatomy.num_layers)
-    assert sum(shares) == limit * lm.anatomy.num_layers
-    assert budget_held(session, cls) == shares
+    if method.joint:
+        shares = [session._call.capacity[layer][0] for layer in range(lm.anatomy.num_layers)]
+    lost = cls is wb.CAKE and 40 in shares  # a layer cannot use more than the prompt, and CAKE shares that out only once
+    assert sum(shares) == limit * lm.anatomy.num_layers or (lost and sum(shares) < limit * lm.anatomy.num_layers)
+    assert budget_held(session, cls) == (shares if "prefill" in cls.acts else [40] * 3)
     session.generate(20)
+    now = [method.grown(share, 40, 60) for share in shares]
     if "decode" in cls.acts:
-        assert budget_held(session, cls) == shares
-    cache = session.trace.table("cache").query("op == 'evict' and step == 0")
+        assert budget_held(session, cls) == now
+    if "prefill" not in cls.acts:
+        return
+    cache = session.trace.table("cache").query("op == 'evict' and step == 0").groupby("layer").last().reindex(range(3))
+    evicted = [share < 40 for share in shares]
+    assert cache["held_tokens"].notna().tolist() == evicted
+    cache, shares = cache[evicted], [share for share in shares if share < 40]
     num_kv_heads = lm.anatomy.layers[0].attention.num_kv_heads
     assert cache["held_tokens"].tolist() == [share * num_kv_heads for share in shares]
     a_token = lm.anatomy.layers[0].attention.cached_elements * 4
@@ -163,7 +174,7 @@ def test_description_is_complete(cls):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nope", "no method named 'nope'.*Known: adakv, dense"),
+        ("nope", "no method named 'nope'.*Known: .*dense"),
         ("snapk", "Did you mean 'snapkv'"),
         ("h2o:colour=3", "no knob 'colour'; its knobs are budget, recent"),
         ("dense:budget=0.5", "it has no knobs"),
@@ -243,7 +254,7 @@ def test_h2o_mass_is_the_column_sum_of_eager_attention(tiny):
         attentions = lm.model(torch.tensor([[*prompt, *turn, 4]]), output_attentions=True).attentions
     for layer, attention in zip(session._cache.layers, attentions, strict=True):
         expected = attention.sum(2).unflatten(1, (2, 2)).sum(2)
-        torch.testing.assert_close(layer.store.mass, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer.store.side["mass"], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])

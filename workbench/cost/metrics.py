@@ -107,9 +107,9 @@ class Fired:
 def fired(trace: Trace, must_evict: list[int]) -> Fired:
     """Counts the layers and steps where a method brought the cache within its budget, of those where it had to.
 
-    It has to where a layer held more than its budget: the engine writes a `due` row there, and it must on the layers
-    given. The method did if an `evict` row follows and what is held then, over rows and kv heads, is no more than the
-    layer's budget allows.
+    It has to where a layer held more than its budget when it was the method's turn to decide: the engine writes a `due`
+    row there, and it must on the layers given. The method did if an `evict` row follows and what is held then, over rows
+    and kv heads, is no more than the layer's budget allows.
     """
     cache = trace.table("cache")
     due = cache[cache["op"] == "due"]

@@ -15,7 +15,8 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from workbench.engine.call import Call
-from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState
+from workbench.engine.joint import divide, divides
+from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.ragged import RaggedStore
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
@@ -40,8 +41,9 @@ class EngineLayer(CacheLayerMixin):
         self.policy = policy
         self.call = call
         self.rotation: Rotation | None = None
-        self.store: RectangularStore | RaggedStore = RectangularStore(with_mass=policy is not None and MASS in policy.needs)
+        self.store: RectangularStore | RaggedStore = RectangularStore(kept_beside(policy))
         self._seen = 0
+        self._scaling = 1.0
         self._undecided = False
         """Whether the policy came by a swap and has not had its say on what is held."""
 
@@ -109,8 +111,8 @@ class EngineLayer(CacheLayerMixin):
         out, kernel = self._output(query, scaling, options)
         slots = self.store.mean_length if kernel == "ragged" else self.store.length
         self.call.record_attention(self.index, self.attention, query.shape, slots, kernel)
-        if self.store.mass is not None:
-            self._add_mass(query, scaling, asking, options)
+        if self.observing and MASS in self.policy.needs:
+            self.add_mass(query, scaling, asking=asking, **options)
         if observes(self.call.importance, query.shape[2]):
             mass, window = attention_mass(self.call.importance, query, self.store.keys, scaling, asking=asking, **options)
             spread = by_position(mass, self.store.positions, max(self.call.seen))
@@ -118,21 +120,21 @@ class EngineLayer(CacheLayerMixin):
         if self.attention.window is not None:
             self.store.keep_last(self.attention.window - 1)
         self._record("append", query.shape[0] * query.shape[2])
-        if self.policy is not None:
-            self._decide(query, scaling)
+        self.rule(query, scaling)
         return out.transpose(1, 2), None
 
     def swap(self, policy: CachePolicy | None) -> None:
         """Puts another policy in charge. It decides on what is held in the next call, even if it does not act in its phase.
 
         Accumulated attention goes on if both policies need it, starts at zero if only the new one does, and is freed
-        if that does not. Slots are put in the order of the text, since a method of prompts may look at a token's neighbours.
+        if that does not; other side state starts anew. Slots are put in the order of the text, since a method of prompts
+        may look at a token's neighbours.
         """
         self.store.sort()
         if policy is not None and not policy.ragged:
             self.store = self.store.rectangular()
         self.policy = policy
-        self.store.keep_mass(policy is not None and MASS in policy.needs)
+        self.store.replace_side(kept_beside(policy))
         self._undecided = True
 
     def clone(self, call: Call) -> EngineLayer:
@@ -159,36 +161,86 @@ class EngineLayer(CacheLayerMixin):
             return causal, "sdpa"
         return blockwise_attention(query, keys, values, scaling, **options), "blockwise"
 
-    def _add_mass(self, query: torch.Tensor, scaling: float, asking: torch.Tensor | None, options: dict) -> None:
+    @property
+    def observing(self) -> bool:
+        """Whether the policy observes this call."""
+        return self.policy is not None and (self._undecided or self.call.phase in self.policy.observes)
+
+    def add_mass(self, query: torch.Tensor, scaling: float, **options: Any) -> None:
         """Adds what each key received: a second pass over the scores, so that the output is the same without it."""
         batch, num_q_heads, num_queries, head_dim = query.shape
-        mass = column_mass(query, self.store.keys, scaling, asking=asking, **options)
-        self.store.add_mass(mass.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2))
+        received = column_mass(query, self.store.keys, scaling, **options)
+        mass = self.store.side[MASS] + received.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2)
+        self.store.put_side(MASS, mass)
         flops = column_mass_flops(batch, num_q_heads, num_queries, self.store.length, head_dim)
-        self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * self.store.mass.nbytes)
+        self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * mass.nbytes)
 
-    def _decide(self, query: torch.Tensor, scaling: float) -> None:
-        capacity = self.call.capacity.get(self.index)
-        acts = self._undecided or self.call.phase in self.policy.acts
+    def rule(self, query: torch.Tensor, scaling: float) -> None:
+        """Lets the policy observe a call by its queries `[B, Hq, Q, D]`, and decide if it is its turn."""
+        undecided, self._scaling = self._undecided, scaling
+        if self.index in self.call.capacity:
+            dividing = self.policy.joint is not None and divides(self.call, self.policy, undecided)
+            wanted = dividing if self.policy.joint else bool(self.policy.side)
+            observed = self._observe(query) if wanted and self.observing else {}
+            if dividing:
+                divide(self, observed)
+            elif self._is_turn() and self.is_over():
+                self.decide(query)
         self._undecided = False
-        if capacity is None or not acts:
-            return
-        if within(self.store, self.policy, capacity, self.attention.num_kv_heads):
-            return
-        self._record("due", 0)
-        state = LayerState(
-            keys=self.store.keys,
-            values=self.store.values,
-            positions=self.store.positions,
-            capacity=torch.tensor(capacity, device=query.device),
-            scaling=scaling,
+
+    def _is_turn(self) -> bool:
+        """Whether the policy acts after this call."""
+        call, every = self.call, self.policy.every
+        if self._undecided and every == 1:
+            return True
+        passed = call.since_prompt // every > (call.since_prompt - call.positions.shape[1]) // every
+        return passed and call.phase in self.policy.acts
+
+    def limits(self) -> list[int] | None:
+        """Tokens each kv head may hold now, by row; None if there is no bound."""
+        call = self.call
+        if self.index not in call.capacity:
+            return None
+        return list(map(self.policy.grown, call.capacity[self.index], call.divided_at, call.seen))
+
+    def is_over(self) -> bool:
+        """Whether more is held than the policy may keep."""
+        return not within(self.store, self.policy, self.limits(), self.attention.num_kv_heads)
+
+    def _state(self, query: torch.Tensor | None) -> LayerState:
+        store, call, keys = self.store, self.call, self.store.keys
+        side = store.side
+        return LayerState(
+            keys=keys,
+            values=store.values,
+            positions=store.positions,
+            capacity=torch.tensor(self.limits(), device=keys.device),
+            scaling=self._scaling,
             layer=self.index,
             num_layers=self.num_layers,
-            phase=self.call.phase,
+            phase=call.phase,
             queries=query if QUERIES in self.policy.needs else None,
-            mass=self.store.mass,
+            mass=side.get(MASS),
             rotation=self.rotation,
+            side={name: side[name] for name in self.policy.side},
+            share=torch.tensor(call.capacity[self.index], device=keys.device),
+            since_prompt=call.since_prompt,
+            dividing=query is None,
         )
+
+    def _observe(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the policy observes; its side state is put beside K and V."""
+        state = self._state(query)
+        self._record("score", 0, *self.policy.observation_cost(state))
+        observed = self.policy.observe(state)
+        for name in state.side:
+            self.store.put_side(name, observed[name])
+        return observed
+
+    def decide(self, query: torch.Tensor | None = None) -> None:
+        """Asks the policy what stays and frees the rest; without the call's queries if layers have divided the budget."""
+        self._record("due", 0)
+        state = self._state(query)
         flops, moved = self.policy.scoring_cost(state)
         if flops or moved:
             self._record("score", 0, flops, moved)
@@ -209,8 +261,9 @@ class EngineLayer(CacheLayerMixin):
     def _nominal_bytes(self) -> int:
         """What the budget promises: K and V of as many tokens in each row and kv head as it allows."""
         tokens = self.call.seen
-        if self.index in self.call.capacity:
-            tokens = [min(seen, limit) for seen, limit in zip(tokens, self.call.capacity[self.index], strict=True)]
+        limits = self.limits()
+        if limits is not None:
+            tokens = list(map(min, tokens, limits))
         if self.attention.window is not None:
             tokens = [min(seen, self.attention.window - 1) for seen in tokens]
         return sum(tokens) * self.attention.cached_elements * self.store.element_bytes

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from workbench.trace.anatomy import Attention
 from workbench.trace.pairs import causal_pairs
 from workbench.trace.store import TraceWriter
+
+if TYPE_CHECKING:
+    from workbench.engine.joint import Report
 
 
 @dataclass
@@ -25,9 +29,20 @@ class Call:
     """Tokens each row has seen, this call's included, padding not counted."""
     capacity: dict[int, list[int]] = field(default_factory=dict)
     """Tokens each kv head may keep, by layer and row; a layer that is not listed has no bound."""
+    prompt_tokens: list[int] = field(default_factory=list)
+    """Tokens in each row's prompt."""
+    divided_at: list[int] = field(default_factory=list)
+    """Tokens each row had seen when the capacity was resolved."""
+    reports: list[Report] = field(default_factory=list)
+    """What layers have reported in this call, until the last one has."""
     importance: str = "off"
     masses: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
     """Layer, attention mass by position `[B, Hq, seen]` and observed queries, until the session writes them."""
+
+    @property
+    def since_prompt(self) -> int:
+        """Tokens each row has seen after its prompt, this call's included."""
+        return self.seen[0] - self.prompt_tokens[0]
 
     def record_attention(self, layer: int, attention: Attention, shape: torch.Size, num_slots: int, kernel: str) -> None:
         """Writes a layer's attention. `shape` is that of the queries, `[B, Hq, Q, D]`; `num_slots` are held before it."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,6 +12,20 @@ from workbench.probes.rotation import Rotation
 
 QUERIES, MASS, ROTATION = "queries", "mass", "rotation"
 """What a method may need beyond keys, values and positions."""
+
+REPORT = "report"
+"""The name under which a layer's report stands in what `observe` returns."""
+
+AT_END, CASCADE = "at end", "cascade"
+"""When the layers divide a budget by what they report: once the last has, or anew after each."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A number a method keeps for each token and kv head, beside K and V: what it is made of, and what it starts as."""
+
+    dtype: torch.dtype = torch.float32
+    fill: float = 0
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,14 @@ class LayerState:
     """`[B, H, N]` attention each token has received in its life, summed over the group's query heads, if needed."""
     rotation: Rotation | None = None
     """How the layer rotates queries and keys by position, if the method needs it."""
+    side: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """`[B, H, N]` each: what the method keeps beside K and V, by name."""
+    share: torch.Tensor | None = None
+    """`[B]` what `capacity` was when the budget was divided; the two differ only if a method lets it grow."""
+    since_prompt: int = 0
+    """Tokens each row has seen after its prompt, those of this call included."""
+    dividing: bool = False
+    """Whether layers decide because they have just divided the budget: then there are no queries, since other layers ran."""
 
     @property
     def occupied(self) -> torch.Tensor:
@@ -50,6 +73,11 @@ class LayerState:
     def newest(self) -> torch.Tensor:
         """`[B, 1, 1]` position of the newest token of each row."""
         return self.positions.amax((1, 2), keepdim=True)
+
+    @property
+    def prompt_tokens(self) -> torch.Tensor:
+        """`[B]` tokens in the prompt of each row, if its newest token is held."""
+        return self.newest.view(-1) + 1 - self.since_prompt
 
 
 class CachePolicy(Protocol):
@@ -62,6 +90,14 @@ class CachePolicy(Protocol):
     """The phases after whose attention the method decides."""
     ragged: bool
     """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
+    side: Mapping[str, Side]
+    """What it keeps for each token beside K and V."""
+    observes: frozenset[str]
+    """The phases after whose attention it observes: `observe` is called, and the mass, if needed, is added up."""
+    joint: str | None
+    """`at end` or `cascade` if layers divide the budget by what they report; None: by `allocate` alone."""
+    every: int
+    """After the prompt it decides each time so many more tokens have been seen: 1 is at every call."""
 
     def capacity(self, prompt_tokens: int) -> int | None:
         """Tokens each kv head may keep after a prompt of this length, on average over layers; None: no bound."""
@@ -71,6 +107,31 @@ class CachePolicy(Protocol):
         """The same for each of the layers the method acts on, first to last."""
         ...
 
+    def share(
+        self, reports: Sequence[torch.Tensor], held: Sequence[Sequence[int]], prompt_tokens: Sequence[int], num_layers: int
+    ) -> list[list[int]]:
+        """Tokens each kv head may keep, by layer and row, of the layers that have reported so far, if the method is joint.
+
+        Args:
+            reports: `[B, ...]` of each layer.
+            held: tokens that the fullest kv head holds, by layer and row.
+            prompt_tokens: of each row.
+            num_layers: how many layers will have reported at the end.
+        """
+        ...
+
+    def grown(self, share: int, divided_at: int, seen: int) -> int:
+        """What has become of a share, resolved when a row had seen `divided_at` tokens, now that it has seen more."""
+        ...
+
+    def observe(self, state: LayerState) -> dict[str, torch.Tensor]:
+        """Side state anew, `[B, H, N]` by name, and a joint method's report `[B, ...]`."""
+        ...
+
+    def observation_cost(self, state: LayerState) -> tuple[int, int]:
+        """FLOPs and bytes one call of `observe` adds."""
+        ...
+
     def keep(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]` bool: the tokens that stay."""
         ...
@@ -78,3 +139,10 @@ class CachePolicy(Protocol):
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
         """FLOPs and bytes one call of `keep` adds."""
         ...
+
+
+def kept_beside(policy: CachePolicy | None) -> dict[str, Side]:
+    """What a store keeps beside K and V for a policy: its own side state, and the accumulated attention if it needs it."""
+    if policy is None:
+        return {}
+    return {**({MASS: Side()} if MASS in policy.needs else {}), **policy.side}

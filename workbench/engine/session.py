@@ -211,8 +211,8 @@ class Session:
         What was evicted stays evicted; what is held is decided anew. The new method decides in the next call, once its
         token has been attended over all that is held: only then are there queries to score with. A method that acts on
         prompts alone decides that once, too, and scores with the queries of that call, which are few in a decode step.
-        Accumulated attention (H2O) starts at zero for the tokens held, unless the old method kept it as well. Under
-        dense nothing more is evicted.
+        Accumulated attention (H2O) starts at zero for the tokens held, unless the old method kept it as well; other side
+        state starts anew. A method that decides every so many tokens waits for its turn. Under dense nothing more is evicted.
 
         A budget given as a fraction is, as everywhere, a fraction of the prompt. The `setup` column of `steps` says which
         setup ruled a step, and `swaps` in the trace's meta lists each change with the first step it rules.
@@ -307,6 +307,7 @@ class Session:
     def _set_capacity(self) -> None:
         """Resolves the budget of the method in charge for the prompt of each row."""
         self._call.capacity = allocate(self.lm.anatomy, self.setup.cache, self._prompt_tokens)
+        self._call.prompt_tokens = self._call.divided_at = self._prompt_tokens
 
     @contextmanager
     def _attached(self):

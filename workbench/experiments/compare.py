@@ -170,9 +170,11 @@ def _check_fired(lm: LM, setup: Setup, trace: Trace, prompt_tokens: int) -> Fire
             f"{setup.label} has no layer to act on: all {lm.anatomy.num_layers} layers of {lm.name} are sliding-window layers, "
             "which are left alone."
         )
-    shares = setup.cache.allocate(prompt_tokens, len(may_evict)) or []
-    done = fired(trace, [layer for layer, share in zip(may_evict, shares, strict=True) if share < prompt_tokens])
-    if done.due_steps == 0 or done.steps < done.due_steps or done.layers < done.due_layers:
+    at_prompt = "prefill" in setup.cache.acts
+    known = at_prompt and setup.cache.joint is None  # otherwise only the trace says which layers had something to do
+    shares = setup.cache.allocate(prompt_tokens, len(may_evict)) if known else None
+    done = fired(trace, [layer for layer, share in zip(may_evict, shares or (), strict=known) if share < prompt_tokens])
+    if (at_prompt and done.due_steps == 0) or done.steps < done.due_steps or done.layers < done.due_layers:
         raise MethodDidNotFire(
             f"{setup.label} did not do its work on {lm.name}: it brought the cache within its budget of {capacity} tokens on "
             f"{done.layers} of {done.due_layers} layers and at {done.steps} of {done.due_steps} steps where it had to."

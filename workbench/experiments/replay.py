@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from workbench.engine.cache import acting_layers, within
-from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState
+from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
+from workbench.experiments.replay_layers import gone_by_layer, has_state
 from workbench.methods.base import Budget, Method, parse_method
 from workbench.methods.cache.base import CacheMethod
 from workbench.trace.recording import LayerTensors, Recording
@@ -49,8 +50,11 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     families = [_at_budgets(given, wanted) for given in methods]
     if not wanted or not families:
         raise UserError("There is nothing to replay: give at least one method and one budget.")
+    with torch.no_grad():
+        stateful = [policy for family in families for policy in family if has_state(policy)]
+        states = {policy.label: gone_by_layer(recording, policy) for policy in stateful}
     layers = _side_by_side(
-        lambda layer: [result for family in families for result in _family(_scene(recording, layer), family)],
+        lambda layer: [result for family in families for result in _family(_scene(recording, layer), family, states)],
         recording.layers,
     )
     points = []
@@ -202,10 +206,14 @@ class _Scene:
         return seen[..., -1], seen[..., :-1]
 
 
-def _family(scene: _Scene, policies: Sequence[CachePolicy]) -> Iterator[_Replayed]:
+def _family(scene: _Scene, policies: Sequence[CacheMethod], states: dict[str, dict[int, torch.Tensor]]) -> Iterator[_Replayed]:
     """One method at each budget. Deciding at every step is many small operations, so its budgets go together."""
-    together = "decode" in policies[0].acts
-    gone = _gone(scene, policies) if together else torch.cat([_gone(scene, [policy]) for policy in policies])
+    if policies[0].label in states:
+        gone = torch.stack([states[policy.label][scene.layer.layer] for policy in policies])
+    elif "decode" in policies[0].acts:
+        gone = _gone(scene, policies)
+    else:
+        gone = torch.cat([_gone(scene, [policy]) for policy in policies])
     for policy, each in zip(policies, gone, strict=True):
         yield _replayed(scene, policy, each)
 
@@ -250,15 +258,15 @@ def _gone(scene: _Scene, policies: Sequence[CachePolicy]) -> torch.Tensor:
     limits = [None if share is None else share[scene.acting.index(layer.layer)] for share in shares]
     capacity = torch.tensor([total if limit is None else limit for limit in limits], device=device)
     gone = torch.full((len(policies), num_heads, total), steps, dtype=torch.int32, device=device)
-    store = RectangularStore(with_mass=MASS in policy.needs)
+    store = RectangularStore(kept_beside(policy))
     for step in range(-1, steps if "decode" in policy.acts else 0):
         token = slice(0, prompt) if step < 0 else slice(prompt + step, prompt + step + 1)
         positions = torch.arange(token.start, token.stop, dtype=torch.int32, device=device).expand(len(policies), -1)
         # The store evicts in place, so what it is given are copies.
         keys, values = (tensor[None, :, token].repeat(len(policies), 1, 1, 1) for tensor in (layer.keys, layer.values))
         store.append(keys, values, positions, has_padding=False)
-        if store.mass is not None:
-            store.mass.add_(layer.prompt_mass if step < 0 else _received(scene, step, store.positions))
+        if MASS in policy.needs:
+            store.side[MASS].add_(layer.prompt_mass if step < 0 else _received(scene, step, store.positions))
         _decide(scene, policy, store, capacity, token, gone, step + 1)
     return gone
 
@@ -295,7 +303,7 @@ def _decide(
         num_layers=scene.num_layers,
         phase="prefill" if step == 0 else "decode",
         queries=asked,
-        mass=store.mass,
+        mass=store.side.get(MASS),
     )
     occupied = state.occupied
     keep = policy.keep(state) & occupied

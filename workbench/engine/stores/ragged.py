@@ -8,20 +8,32 @@ method's decision, is given a copy filled up with empty slots at the front of th
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 
-from workbench.engine.stores.rectangular import RectangularStore, slack
+from workbench.engine.policy import MASS, Side
+from workbench.engine.stores.rectangular import RectangularStore, filled, slack
 
 
 class RaggedStore:
     """K `[S, D]`, V `[S, Dv]` and positions `[S]` of the B x H heads one after another; S slots, the reserve included.
 
-    `keys`, `values`, `positions`, `mass` and `occupied` are copies filled up to the longest head, `[B, H, N, ...]`.
+    `keys`, `values`, `positions`, `side` and `occupied` are copies filled up to the longest head, `[B, H, N, ...]`.
     """
 
-    def __init__(self, batch: int, num_heads: int, buffers: dict[str, torch.Tensor], rooms: list[int], lengths: list[int]):
+    def __init__(
+        self,
+        batch: int,
+        num_heads: int,
+        buffers: dict[str, torch.Tensor],
+        side: Mapping[str, Side],
+        rooms: list[int],
+        lengths: list[int],
+    ):
         self._shape = (batch, num_heads)
+        self.declared = dict(side)
+        """What is kept beside K and V, by name."""
         self._lay(buffers, rooms, lengths)
 
     @classmethod
@@ -31,12 +43,12 @@ class RaggedStore:
         batch, num_heads, room = buffers["positions"].shape
         heads = batch * num_heads
         flat = {name: buffer.flatten(0, 2) for name, buffer in buffers.items()}
-        return cls(batch, num_heads, flat, [room] * heads, [store.length] * heads)
+        return cls(batch, num_heads, flat, store.declared, [room] * heads, [store.length] * heads)
 
     def rectangular(self) -> RectangularStore:
         """A copy with one length for all heads."""
         buffers = {name: self._padded(name) for name in self._buffers}
-        return RectangularStore.holding(buffers, has_empty_slots=len(set(self._lengths)) > 1)
+        return RectangularStore.holding(buffers, self.declared, has_empty_slots=len(set(self._lengths)) > 1)
 
     @property
     def keys(self) -> torch.Tensor:
@@ -54,9 +66,9 @@ class RaggedStore:
         return self._padded("positions")
 
     @property
-    def mass(self) -> torch.Tensor | None:
-        """`[B, H, N]` float32 accumulated attention, if the store keeps it."""
-        return self._padded("mass") if "mass" in self._buffers else None
+    def side(self) -> dict[str, torch.Tensor]:
+        """`[B, H, N]` each: what is kept beside K and V, by name."""
+        return {name: self._padded(name) for name in self.declared}
 
     @property
     def occupied(self) -> torch.Tensor | None:
@@ -97,19 +109,21 @@ class RaggedStore:
         """Tokens held by all kv heads of each row together."""
         return [sum(row) for row in self._rows()]
 
-    def keep_mass(self, wanted: bool) -> None:
-        """Starts the accumulated attention, at zero for the tokens held, or frees it."""
-        if wanted and "mass" not in self._buffers:
-            self._buffers["mass"] = torch.zeros_like(self._buffers["positions"], dtype=torch.float32)
-        elif not wanted:
-            self._buffers.pop("mass", None)
+    def replace_side(self, wanted: Mapping[str, Side]) -> None:
+        """Frees the side state and starts other, as `RectangularStore.replace_side` does."""
+        going_on = {MASS} & self.declared.keys() & wanted.keys()
+        for name in self.declared.keys() - going_on:
+            del self._buffers[name]
+        for name in wanted.keys() - going_on:
+            self._buffers[name] = filled(self._buffers["positions"], wanted[name])
+        self.declared = dict(wanted)
         self._weigh()
 
-    def add_mass(self, received: torch.Tensor) -> None:
-        """Adds the attention `[B, H, N]` each token has received."""
+    def put_side(self, name: str, tensor: torch.Tensor) -> None:
+        """Sets what is kept beside K and V under a name to `[B, H, N]`, where a slot holds a token."""
         slots = self._slots()
         there = slots >= self.starts[:, None]
-        self._buffers["mass"].index_add_(0, slots[there], received.flatten(0, 1)[there])
+        self._buffers[name].index_copy_(0, slots[there], tensor.flatten(0, 1)[there].to(self._buffers[name].dtype))
 
     def sort(self) -> None:
         """Puts the slots of each head in the order of their positions: evicting step by step mixes them up."""
@@ -130,8 +144,8 @@ class RaggedStore:
         self._buffers["keys"].index_copy_(0, target, keys.flatten(0, 2))
         self._buffers["values"].index_copy_(0, target, values.flatten(0, 2))
         self._buffers["positions"].index_copy_(0, target, positions.repeat_interleave(self._shape[1], 0).flatten())
-        if "mass" in self._buffers:
-            self._buffers["mass"].index_fill_(0, target, 0.0)
+        for name, side in self.declared.items():
+            self._buffers[name].index_fill_(0, target, side.fill)
         self._lengths = lengths
         self.ends = self.ends + count
 

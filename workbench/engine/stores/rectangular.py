@@ -2,14 +2,17 @@
 
 Buffers are allocated ahead and grow by a sixteenth, so appending a token copies one token. Rows or heads that hold fewer
 tokens than others have empty slots, marked by position -1. Side state (such as accumulated attention) lies beside K
-and V and moves with them.
+and V and moves with them, by the same lines.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
+
+from workbench.engine.policy import MASS, Side
 
 SLACK = 8
 """Slots allocated ahead: this many, or a sixteenth of the length if that is more."""
@@ -18,8 +21,9 @@ SLACK = 8
 class RectangularStore:
     """K `[B, H, N, D]`, V `[B, H, N, Dv]` and the position of every slot `[B, H, N]`."""
 
-    def __init__(self, with_mass: bool = False):
-        self._with_mass = with_mass
+    def __init__(self, side: Mapping[str, Side] | None = None):
+        self.declared = dict(side or {})
+        """What is kept beside K and V, by name."""
         self._buffers: dict[str, torch.Tensor] = {}
         self.length = 0
         self.has_empty_slots = False
@@ -42,9 +46,9 @@ class RectangularStore:
         return self._buffers["positions"][:, :, : self.length]
 
     @property
-    def mass(self) -> torch.Tensor | None:
-        """`[B, H, N]` float32 accumulated attention, if the store keeps it."""
-        return self._buffers["mass"][:, :, : self.length] if self._with_mass else None
+    def side(self) -> dict[str, torch.Tensor]:
+        """`[B, H, N]` each: what is kept beside K and V, by name."""
+        return {name: self._buffers[name][:, :, : self.length] for name in self.declared}
 
     @property
     def occupied(self) -> torch.Tensor | None:
@@ -66,9 +70,9 @@ class RectangularStore:
         return self._buffers["keys"].element_size()
 
     @classmethod
-    def holding(cls, buffers: dict[str, torch.Tensor], has_empty_slots: bool) -> RectangularStore:
-        """A store of these buffers, all slots in use: `keys`, `values`, `positions` and, if it is kept, `mass`."""
-        store = cls(with_mass="mass" in buffers)
+    def holding(cls, buffers: dict[str, torch.Tensor], side: Mapping[str, Side], has_empty_slots: bool) -> RectangularStore:
+        """A store of these buffers, all slots in use: `keys`, `values`, `positions` and the side state."""
+        store = cls(side)
         store._buffers = buffers
         store.length, store.has_empty_slots = buffers["positions"].shape[2], has_empty_slots
         store._weigh()
@@ -94,19 +98,21 @@ class RectangularStore:
             return [self.length * self.positions.shape[1]] * self.positions.shape[0]
         return (self.positions >= 0).sum((1, 2)).tolist()
 
-    def add_mass(self, received: torch.Tensor) -> None:
-        """Adds the attention `[B, H, N]` each token has received."""
-        self._buffers["mass"][:, :, : self.length].add_(received)
+    def put_side(self, name: str, tensor: torch.Tensor) -> None:
+        """Sets what is kept beside K and V under a name to `[B, H, N]`."""
+        self._buffers[name][:, :, : self.length] = tensor
 
-    def keep_mass(self, wanted: bool) -> None:
-        """Starts the accumulated attention, at zero for the tokens held, or frees it."""
-        if wanted == self._with_mass:
-            return
-        self._with_mass = wanted
-        if self._buffers and wanted:
-            self._buffers["mass"] = torch.zeros_like(self._buffers["positions"], dtype=torch.float32)
-        elif self._buffers:
-            del self._buffers["mass"]
+    def replace_side(self, wanted: Mapping[str, Side]) -> None:
+        """Frees the side state and starts other, at its fill for the tokens held.
+
+        Accumulated attention means the same to every method, so it goes on where it is wanted.
+        """
+        going_on = {MASS} & self.declared.keys() & wanted.keys()
+        for name in self.declared.keys() - going_on if self._buffers else ():
+            del self._buffers[name]
+        for name in wanted.keys() - going_on if self._buffers else ():
+            self._buffers[name] = filled(self._buffers["positions"], wanted[name])
+        self.declared = dict(wanted)
         self._weigh()
 
     def sort(self) -> None:
@@ -122,8 +128,7 @@ class RectangularStore:
         """Adds the tokens of a call. `positions` is `[B, Q]` int32, -1 for padding."""
         # The positions are those of all layers, so each store has its own copy, even where one head needs no expanding.
         new = {"keys": keys, "values": values, "positions": positions[:, None].repeat(1, keys.shape[1], 1)}
-        if self._with_mass:
-            new["mass"] = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+        new |= {name: filled(new["positions"], side) for name, side in self.declared.items()}
         end = self.length + keys.shape[2]
         if not self._buffers:
             # The prompt stays where the model made it: an evicting method replaces it at once.
@@ -206,6 +211,11 @@ class RectangularStore:
 
     def _weigh(self) -> None:
         self.nbytes = sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
+
+
+def filled(like: torch.Tensor, side: Side) -> torch.Tensor:
+    """Side state at its fill, in the shape of a buffer of positions."""
+    return torch.full_like(like, side.fill, dtype=side.dtype, memory_format=torch.contiguous_format)
 
 
 def slack(length: int) -> int:

@@ -5,13 +5,14 @@ Shapes: B batch, Hq query heads, H kv heads, G = Hq / H, N slots, W observed que
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from workbench.engine.policy import LayerState
+from workbench.engine.policy import LayerState, Side
 from workbench.methods.base import Budget, Method, resolve_budget
 from workbench_kernels.attention_rows import attention_rows
 
@@ -28,8 +29,20 @@ class CacheMethod(Method):
     acts: ClassVar[frozenset[str]] = PREFILL_ONLY
     ragged: ClassVar[bool] = False
     """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
+    side: ClassVar[Mapping[str, Side]] = {}
+    observes: ClassVar[frozenset[str]] = EVERY_STEP
 
     budget: Budget
+
+    @property
+    def joint(self) -> str | None:
+        """Whether layers divide the budget by what they report, `at end` or in a `cascade`; here by `allocate` alone."""
+        return None
+
+    @property
+    def every(self) -> int:
+        """Tokens after the prompt between decisions."""
+        return 1
 
     def capacity(self, prompt_tokens: int) -> int:
         """Tokens each kv head may keep after a prompt of this length, on average over layers."""
@@ -38,6 +51,24 @@ class CacheMethod(Method):
     def allocate(self, prompt_tokens: int, num_layers: int) -> list[int]:
         """The same for each of the layers the method acts on, first to last: here as much for each."""
         return [self.capacity(prompt_tokens)] * num_layers
+
+    def share(
+        self, reports: Sequence[torch.Tensor], held: Sequence[Sequence[int]], prompt_tokens: Sequence[int], num_layers: int
+    ) -> list[list[int]]:
+        """Shares of the layers that have reported, by layer and row: see `CachePolicy`."""
+        raise TypeError(f"{type(self).__name__} is joint and must say how layers share: define share(...).")
+
+    def grown(self, share: int, divided_at: int, seen: int) -> int:
+        """What has become of a share by now: here nothing changes it."""
+        return share
+
+    def observe(self, state: LayerState) -> dict[str, torch.Tensor]:
+        """Side state anew, and a joint method's report."""
+        raise TypeError(f"{type(self).__name__} must say what it observes: define observe(state).")
+
+    def observation_cost(self, state: LayerState) -> tuple[int, int]:
+        """FLOPs (of matrix products) and bytes one call of `observe` adds."""
+        raise TypeError(f"{type(self).__name__} must say what observing costs: define observation_cost(state).")
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head (if ragged, on average)."""

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
+_HALVINGS = 60
+"""Enough to tell any two doubles in [0, 1] apart; the paper's code has no such limit and may never end."""
+
 
 def pyramid(mean: int, longest: int, num_layers: int, beta: int) -> list[int]:
     """Budgets that fall linearly from the first layer to the last and sum to `mean * num_layers`.
@@ -56,3 +63,56 @@ def streaming(total: int, num_heads: int, longest: int, streamed: int) -> tuple[
     others = num_heads - num_whole
     rest = min(total - num_whole * longest, others * longest)
     return num_whole, whole([rest / others] * others, rest) if others else []
+
+
+def prefix_drops(importance: Sequence[np.ndarray], protected: int, target: int) -> list[int]:
+    """Tokens each layer drops, so that all layers keep the same share of their importance; about `target` in sum.
+
+    A layer keeps the shortest prefix of its tokens, sorted by importance, that holds a share p of the whole, and
+    `protected` tokens more. p is found by bisection. The number of drops falls in jumps as p rises, so the nearer side of
+    the jump is taken, scaled to `target` and truncated: never more than `target` if the nearer side drops enough.
+    PrefixKV, Wang et al. 2024, arXiv 2412.03409, and its code.
+
+    Args:
+        importance: of each layer's tokens, highest first.
+        protected: tokens every layer keeps beyond the prefix.
+        target: tokens to drop in all layers together.
+    """
+    sums = [np.cumsum(each, dtype=np.float64) for each in importance]
+    shares = [np.round(each / each[-1], 12) for each in sums]  # so that rounding alone opens no jump
+
+    def drops(share: float) -> list[int]:
+        return [max(len(each) - int(np.searchsorted(each, share)) - 1 - protected, 0) for each in shares]
+
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if sum(drops(middle)) > target:
+            low = middle
+        else:
+            high = middle
+    nearer = min(drops(low), drops(high), key=lambda each: abs(sum(each) - target))
+    total = max(sum(nearer), 1)
+    return [each * target // total for each in nearer]
+
+
+def by_preference(preferences: Sequence[float], total: int, longest: Sequence[int]) -> list[int]:
+    """Shares of `total` in proportion to the layers' preferences, in whole numbers that sum to it.
+
+    What a share exceeds the layer's longest by is spread evenly over the layers that have room, once: a layer that then
+    exceeds its own stays there, and what it cannot use is lost. CAKE, Qin et al. 2025, arXiv 2503.12491, and its code.
+    """
+    whole = sum(preferences)
+    wanted = [int(total * each / whole) if whole else total // len(preferences) for each in preferences]
+    shares = list(map(min, wanted, longest))
+    roomy = [layer for layer, most in enumerate(longest) if shares[layer] < most]
+    _spread(shares, roomy, sum(wanted) - sum(shares))
+    _spread(shares, range(len(shares)), total - sum(shares))
+    return shares
+
+
+def _spread(shares: list[int], layers: Sequence[int], amount: int) -> None:
+    """Adds the same to each of some layers; what does not divide goes to the first."""
+    each, rest = divmod(amount, len(layers)) if layers else (0, 0)
+    for number, layer in enumerate(layers):
+        shares[layer] += each + (number < rest)

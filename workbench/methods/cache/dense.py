@@ -19,6 +19,8 @@ class Dense(Method):
     needs: ClassVar[frozenset[str]] = frozenset()
     acts: ClassVar[frozenset[str]] = frozenset()
     ragged: ClassVar[bool] = False
+    observes: ClassVar[frozenset[str]] = frozenset()
+    side: ClassVar[dict] = {}
 
     def capacity(self, prompt_tokens: int) -> None:
         """No bound."""
