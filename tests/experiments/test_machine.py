@@ -1,4 +1,4 @@
-"""Measuring the machine runs through on this machine and leaves a sheet that predicts. How fast the machine is, is not asked."""
+"""Measuring runs through on this machine and leaves a sheet that predicts. How fast the machine is, is not asked."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import workbench as wb
 from workbench.engine.policy import LayerState
 from workbench.methods import METHODS, describe, parse_method
 from workbench.probes.rotation import Rotation
-from workbench.testing import ids, random_gemma, random_llama
+from workbench.testing import calibrate_all, ids, random_gemma, random_llama
 
 EVICTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
 
@@ -24,7 +24,7 @@ def named(cls) -> str:
 
 @pytest.fixture(params=[1, 2, 4], ids=["MQA", "GQA", "MHA"])
 def lm(request, tiny) -> wb.LM:
-    return wb.load((random_llama(request.param), tiny.tokenizer))
+    return calibrate_all(wb.load((random_llama(request.param), tiny.tokenizer)))
 
 
 def small(cls, budget):
@@ -78,6 +78,7 @@ def test_budget_is_met_and_memory_is_freed(lm, cls, budget):
     session.prefill(ids(40)[0].tolist())
     limit = method.capacity(40)
     assert limit == (budget if isinstance(budget, int) else round(budget * 40))
+    method = session.setup.cache  # which knows its calibration, if it needs one
     shares = method.allocate(40, lm.anatomy.num_layers)
     if method.joint:
         shares = [session._call.capacity[layer][0] for layer in range(lm.anatomy.num_layers)]
@@ -152,7 +153,7 @@ def test_evicting_equals_masking_a_full_cache(lm, cls):
 
 @pytest.mark.parametrize("cls", EVICTING, ids=named)
 def test_sliding_layers_are_left_alone(tiny, cls):
-    lm = wb.load((random_gemma(), tiny.tokenizer))
+    lm = calibrate_all(wb.load((random_gemma(), tiny.tokenizer)))
     session = wb.Session(lm, small(cls, 0.2))
     session.prefill(ids(40)[0].tolist())
     session.generate(4)

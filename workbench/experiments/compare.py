@@ -71,7 +71,7 @@ def compare(lm: LM, workload: Workload, setups: Iterable[Given], *, on_progress:
         UserError: for setups that do not go together or a workload that does not fit the model.
         MethodDidNotFire: if a method had something to do and did not do it.
     """
-    chosen = _distinct([_setup(given) for given in setups])
+    chosen = [setup.ready(lm) for setup in _distinct([_setup(given) for given in setups])]
     episodes = workload.episodes(lm)
     _warm_up(lm, episodes[0])
     references = [_Dense() for _ in episodes]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from workbench.engine.cache import acting_layers, within
+from workbench.engine.calibration import ready_for
 from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
@@ -47,7 +48,7 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
         UserError: for a method without a budget, and for no method or budget at all.
     """
     wanted = list({repr(budget): budget for budget in budgets}.values())  # 1 token is not 1.0 of the prompt
-    families = [_at_budgets(given, wanted) for given in methods]
+    families = [_at_budgets(recording, given, wanted) for given in methods]
     if not wanted or not families:
         raise UserError("There is nothing to replay: give at least one method and one budget.")
     with torch.no_grad():
@@ -100,14 +101,16 @@ def _scene(recording: Recording, layer: LayerTensors) -> _Scene:
     return scene
 
 
-def _at_budgets(given: Method | str, budgets: list[Budget]) -> list[CacheMethod]:
+def _at_budgets(recording: Recording, given: Method | str, budgets: list[Budget]) -> list[CacheMethod]:
     """A method at each budget."""
     method = parse_method(given) if isinstance(given, str) else given
     if not isinstance(method, CacheMethod):
         raise UserError(f"{given!r} has no budget to replay; give methods that evict, such as 'h2o' or wb.SnapKV(window=16).")
     if ROTATION in method.needs:
         raise UserError(f"{method.name!r} needs to know how the model rotates keys, which no recording holds; run it live.")
-    return [dataclasses.replace(method, budget=budget) for budget in budgets]
+    meta = recording.trace.meta
+    method = ready_for(method, meta.get("fingerprint"), meta.get("model", recording.trace.anatomy.class_name))
+    return [method.with_budget(budget) for budget in budgets]
 
 
 def _name(policy: Method) -> str:

@@ -116,3 +116,27 @@ def _spread(shares: list[int], layers: Sequence[int], amount: int) -> None:
     each, rest = divmod(amount, len(layers)) if layers else (0, 0)
     for number, layer in enumerate(layers):
         shares[layer] += each + (number < rest)
+
+
+def by_error(errors: Sequence[float], mean: int, least: int, most: int) -> list[int]:
+    """Budgets that sum to `mean` a layer: `least` for each, and of what is left each layer's share of the error.
+
+    No budget exceeds `most`. What rounding and that bound leave over goes one by one to the layers of highest error, round
+    after round; what they exceed the sum by is taken from the layers of lowest error in the same way.
+    CompressKV, Lin et al. 2025, arXiv 2508.02401, and its code.
+
+    Args:
+        errors: what dropping costs in each layer; they sum to one.
+        mean: tokens a layer, on average.
+        least: tokens of each layer at least, at most `mean`.
+        most: tokens of each layer at most, at least `mean`.
+    """
+    spare = (mean - least) * len(errors)
+    budgets = [min(max(least + round(error * spare), least), most) for error in errors]
+    order = sorted(range(len(errors)), key=lambda layer: -errors[layer])
+    while missing := mean * len(errors) - sum(budgets):
+        step = 1 if missing > 0 else -1
+        open_ = [layer for layer in order[::step] if least <= budgets[layer] + step <= most]
+        for layer in open_[: abs(missing)]:
+            budgets[layer] += step
+    return budgets
