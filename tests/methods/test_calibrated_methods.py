@@ -9,12 +9,15 @@ import pytest
 import torch
 
 import workbench as wb
+from workbench.cost.metrics import fired
 from workbench.engine.calibration import Calibration, Document, Needle
 from workbench.engine.policy import LayerState
 from workbench.experiments.calibrate import observed
 from workbench.methods.cache.base import observe_window, pool_scores
-from workbench.methods.cache.budgets import by_error
+from workbench.methods.cache.budgets import by_error, by_gates
 from workbench.methods.cache.compress_kv import _output_error
+from workbench.methods.cache.duo_attention import _reach
+from workbench.models.fingerprint import fingerprint
 from workbench.testing import calibrate_all, ids, random_llama
 
 
@@ -109,3 +112,93 @@ def test_compress_kv_error_is_that_of_a_compressed_session(tiny):
     sample = observed(lm, Document((*prompt, prompt[5]), 40))
     found = _output_error(sample.layers[0], kept, sample.projections[0])
     assert found.item() == pytest.approx(((compressed - dense).norm() / dense.norm()).item(), rel=1e-3) and found > 0.01
+
+
+def test_gates_are_ranked_over_all_layers():
+    # 2 layers of 2 heads, 100 tokens, 10 a streaming head, mean 40: 4 x 40 - 4 x 10 = 120 is one whole head, and 30 are left
+    # of it: 15 a head
+    assert by_gates([[0.1, 0.9], [0.2, 0.3]], 40, 100, 10) == [55 + 8, 10 + 7]
+    assert by_gates([[0.1, 0.9], [0.2, 0.3]], 56, 100, 10) == [56, 56]  # two whole heads, the second in the other layer
+    assert by_gates([[0.8, 0.9], [0.2, 0.3]], 55, 100, 10) == [100, 10]
+    assert by_gates([[0.8, 0.9], [0.2, 0.3]], 9, 100, 10) == by_gates([[0.8, 0.9], [0.2, 0.3]], 9, 10, 10) == [9, 9]
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 8])
+def test_gates_share_out_exactly_the_budget(num_heads):
+    generator = torch.Generator().manual_seed(num_heads)
+    for mean, longest, streamed in itertools.product((1, 10, 37, 90, 99), (11, 100), (1, 4, 20)):
+        if mean < longest:
+            gates = torch.rand(5, num_heads, generator=generator).tolist()
+            budgets = by_gates(gates, mean, longest, streamed)
+            assert sum(budgets) == 5 * mean and all(min(mean, streamed) <= each <= longest for each in budgets)
+
+
+def test_calibrated_gates_are_the_mean_reach(tiny):
+    lm = wb.load((random_llama(), tiny.tokenizer))
+    samples = [observed(lm, Document(tuple(ids(30, seed=seed)[0].tolist()), 30), with_rotation=True) for seed in (1, 2)]
+    gates = wb.DuoAttention().calibrate(samples)["gates"]
+    assert gates.shape == (3, 2)
+    expected = (_reach(samples[0].layers[2]) + _reach(samples[1].layers[2]))[0] / 2
+    torch.testing.assert_close(gates[2], expected)
+
+
+def duo_session(tiny, num_kv_heads=2, gates=((0.1, 0.9), (0.8, 0.2), (0.3, 0.4)), **knobs) -> wb.Session:
+    """After a prompt of 60 tokens, with these gates, or 4 heads drawn at random."""
+    lm = wb.load((random_llama(num_kv_heads), tiny.tokenizer))
+    method = wb.DuoAttention(gates="calibrated", **knobs)
+    tables = {"gates": torch.tensor(gates)}
+    session = wb.Session(lm, method.with_calibration(Calibration(method.name, {}, fingerprint(lm), (0, 1, 2), {}, tables)))
+    session.prefill(ids(60)[0].tolist())
+    return session
+
+
+def held_by_head(session) -> list[list[int]]:
+    return [(layer.store.positions[0] >= 0).sum(-1).tolist() for layer in session._cache.layers]
+
+
+def test_streaming_heads_stay_as_short_while_whole_heads_grow(tiny):
+    # 6 heads of mean 28, 8 a streaming head: 168 - 48 = 120 are two whole heads (52 more each), and 16 are left
+    session = duo_session(tiny, budget=28, sinks=3, recent=5)
+    at_prompt = held_by_head(session)
+    whole_heads = [(layer, head) for layer in range(3) for head in range(2) if at_prompt[layer][head] == 60]
+    assert whole_heads == [(0, 1), (1, 0)] and sum(map(sum, at_prompt)) == 168
+    for step in range(1, 21):
+        session.step()
+        for layer, heads in enumerate(held_by_head(session)):
+            for head, held in enumerate(heads):
+                if (layer, head) in whole_heads:
+                    assert held == 60 + step
+                else:
+                    assert at_prompt[layer][head] <= held <= at_prompt[layer][head] + 1
+                    kept = sorted(set(session._cache.layers[layer].store.positions[0, head].tolist()) - {-1})
+                    assert kept == [0, 1, 2, *range(63 + step - held, 60 + step)]
+    done = fired(session.trace, [0, 1, 2])
+    assert (done.layers, done.steps) == (3, 21) and done.steps == done.due_steps
+
+
+def test_gates_of_all_heads_are_dense_and_of_none_streaming_llm(tiny):
+    whole = duo_session(tiny, budget=60)
+    dense = wb.Session(whole.lm)
+    dense.prefill(ids(60)[0].tolist())
+    none = duo_session(tiny, budget=9, sinks=4, recent=5)
+    streaming = wb.Session(whole.lm, wb.StreamingLLM(budget=9, sinks=4))
+    streaming.prefill(ids(60)[0].tolist())
+    for _ in range(8):
+        assert torch.equal(whole.step(), dense.step())
+        torch.testing.assert_close(none.step(), streaming.step())
+    assert held_by_head(none) == [[9, 9]] * 3
+
+
+def test_calibrated_duo_attention_runs_in_a_comparison(tiny):
+    workload = wb.workloads.recall(context=200, samples=1, facts=2)
+    row = wb.compare(tiny, workload, ["duo-attention:budget=0.5,sinks=4,recent=30,gates=calibrated"]).rows[1]
+    assert row.fired_steps == row.steps > 8
+
+
+def test_a_batch_of_calibrated_duo_attention_is_each_row_alone(tiny):
+    alone = duo_session(tiny, budget=0.5, sinks=3, recent=5)
+    together = wb.Session(alone.lm, alone.setup)
+    together.prefill([ids(60)[0].tolist(), ids(45, seed=4)[0].tolist()])
+    for _ in range(6):
+        token = alone.logits.argmax(-1).item()
+        torch.testing.assert_close(alone.step([token])[0], together.step([token, 7])[0], atol=1e-5, rtol=1e-5)

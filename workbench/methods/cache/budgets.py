@@ -140,3 +140,33 @@ def by_error(errors: Sequence[float], mean: int, least: int, most: int) -> list[
         for layer in open_[: abs(missing)]:
             budgets[layer] += step
     return budgets
+
+
+def by_gates(gates: Sequence[Sequence[float]], mean: int, longest: int, streamed: int) -> list[int]:
+    """Budgets of layers, tokens a kv head, when the heads of highest gate in the whole model keep all of `longest` tokens.
+
+    The others keep at least `streamed`, or `mean` where that is less. As many heads are whole as `mean` a head allows; what
+    they leave over is spread over the layers, so that budgets sum to `mean` a layer.
+    DuoAttention, Xiao et al. 2024, arXiv 2410.10819, fixes the share of whole heads instead.
+    """
+    num_layers, num_heads = len(gates), len(gates[0])
+    if longest <= streamed or mean <= streamed:
+        return [mean] * num_layers
+    ranked = sorted(
+        ((layer, head) for layer in range(num_layers) for head in range(num_heads)),
+        key=lambda place: -gates[place[0]][place[1]],
+    )
+    num_whole = min((mean - streamed) * len(ranked) // (longest - streamed), len(ranked))
+    while True:
+        layers = [layer for layer, _ in ranked[:num_whole]]
+        budgets = [streamed + -(-layers.count(layer) * (longest - streamed) // num_heads) for layer in range(num_layers)]
+        spare = mean * num_layers - sum(budgets)
+        if spare >= 0:
+            break
+        num_whole -= 1  # budgets are whole tokens a head, and rounding them up may take one head too many
+    while spare:
+        roomy = [layer for layer, budget in enumerate(budgets) if budget < longest][:spare]
+        for layer in roomy:
+            budgets[layer] += 1
+        spare -= len(roomy)
+    return budgets
