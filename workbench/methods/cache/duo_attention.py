@@ -31,7 +31,7 @@ class DuoAttention(CacheMethod):
     deviations: ClassVar[tuple[str, ...]] = (
         "No gates are trained. Heads are told apart by kvpress's stand-in: how much the mean query, 500 positions on, still "
         "gives to early copies of the mean key. gates='calibrated' takes it from a few texts (kvpress: 50) and ranks the heads "
-        "of all layers together, as the paper does; gates='prompt' takes it from the prompt itself and ranks each layer's heads "
+        "of all layers together, as the paper does; gates='prompt' takes it from the prompt itself and ranks a layer's heads "
         "by themselves, since a layer evicts before the next one runs.",
         "The budget says how many heads stay whole; what they leave over lengthens the recent tokens of the others, so that "
         "the sum is exact. Where the budget is less than sinks and recent tokens, recent ones give way first.",
