@@ -12,6 +12,7 @@ import workbench as wb
 from workbench import cli
 from workbench.cost.hardware import HARDWARE
 from workbench.experiments import calibrate, machine
+from workbench.testing import ids
 
 
 @pytest.fixture
@@ -73,34 +74,82 @@ def test_compare_json(run, tmp_path):
     assert len(wb.Comparison.load(tmp_path / "cmp").rows) == 3
 
 
+def test_compare_at_several_budgets_and_contexts_goes_on_where_it_was(run, tmp_path):
+    options = ("tiny-dense", "--methods", "snapkv", "h2o:recent=0.3", "--budgets", "0.5", "20", "--contexts", "96", "128")
+    options = (*options, "--workload", "recall:facts=2", "--samples", "1", "--out", "cmp", "--json")
+    code, out, _ = run("compare", *options)
+    both = json.loads(out)["comparisons"]
+    assert code == 0 and [each["about"]["settings"]["context"] for each in both] == [96, 128]
+    expected = ["dense", "snapkv(budget=0.5)", "snapkv(budget=20)", "h2o(budget=0.5, recent=0.3)", "h2o(budget=20, recent=0.3)"]
+    assert all([row["setup"] for row in each["rows"]] == expected for each in both)
+    assert (tmp_path / "cmp" / "context-128" / "report.html").exists()
+    assert json.loads(run("compare", *options)[1])["comparisons"] == both  # times and all: nothing ran again
+    assert json.loads(run("compare", *options, "--fresh")[1])["comparisons"] != both
+    code, out, _ = run("compare", *options[:-1])
+    assert code == 0 and "score by question" in out and "score by depth" in out
+
+
+def test_workloads_json(run):
+    code, out, _ = run("workloads", "--json")
+    listed = {entry["name"]: entry for entry in json.loads(out)}
+    assert code == 0 and set(listed) == set(wb.workloads.WORKLOADS)
+    assert listed["recall"]["settings"]["facts"] == 4 and run("workloads")[0] == 0
+
+
 def test_replay_json_and_again_from_disk(run, tmp_path):
-    options = ("--method", "h2o", "--method", "snapkv:window=8", "--budget", "0.3", "--budget", "20", "--json")
-    code, out, _ = run("replay", "--prompt-tokens", "60", "--new-tokens", "4", "--out", "rec", *options)
+    options = ("--methods", "h2o", "snapkv:window=8", "--budgets", "0.3", "20", "--json")
+    code, out, _ = run("replay", "tiny-dense", "--prompt-tokens", "60", "--new-tokens", "4", "--save", "rec", *options)
     result = json.loads(out)
     assert code == 0 and result["recording"] == "rec" and result["about"]["prompt_tokens"] == 60
     setups = [(row["method"], row["budget"]) for row in result["rows"]]
     assert setups == [("h2o", 0.3), ("h2o", 20), ("snapkv(window=8)", 0.3), ("snapkv(window=8)", 20)]
     assert all(0 < row["mass_retained"] <= row["oracle_mass"] <= 1 for row in result["rows"])
-    code, out, _ = run("replay", "--recording", "rec", *options)
-    assert code == 0 and json.loads(out)["rows"] == result["rows"]
-    code, out, _ = run("replay", "--recording", "rec")
+    code, out, _ = run("replay", "rec", *options)
+    assert code == 0 and json.loads(out)["rows"] == result["rows"] and json.loads(out)["check"] is None
+    code, out, _ = run("replay", "rec")
     assert code == 0 and "best possible" in out and "60 + 4 tokens" in out
+
+
+def test_replay_with_a_check_in_every_format(run, tmp_path):
+    run("replay", "--prompt-tokens", "60", "--new-tokens", "4", "--save", "rec", "--method", "knorm")
+    options = ("rec", "--model", "tiny-dense", "--check", "--check-points", "3", "--budgets", "0.3", "20")
+    code, out, _ = run("replay", *options, "--out", "replay.html")
+    assert code == 0 and "3 points run live" in out and "foretold" in out
+    assert "3 points run live" in (tmp_path / "replay.html").read_text()
+    code, out, _ = run("replay", *options, "--out", "replay.json", "--json")
+    printed = json.loads(out)
+    written = json.loads((tmp_path / "replay.json").read_text())
+    assert code == 0 and written["rows"] == printed["rows"] and len(written["check"]["points"]) == 3
+    assert run("replay", *options, "--out", "replay.csv")[0] == 0
+    assert len((tmp_path / "replay.csv").read_text().splitlines()) == 1 + 2 * len(cli.DEMO_METHODS)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--budget", "lots"), "--budget cannot be 'lots'"),
+        (("--budget", "lots"), "--budgets cannot be 'lots'"),
         (("--budget", "1.5"), "cannot be 1.5"),
         (("--method", "dense"), "no budget to replay"),
         (("--new-tokens", "0"), "0 new tokens"),
-        (("--recording", "nowhere"), "is not a trace"),
+        (("nowhere",), "There is no model 'nowhere'"),
+        (("tiny-dense", "--model", "tiny-moe"), "Give the model once"),
         (("--prompt-tokens", "0"), "--prompt-tokens cannot be 0"),
+        (("--out", "replay.pdf"), "ends in .html, .csv, .json"),
+        (("rec", "--check"), "say which with --model"),
+        (("rec", "--check", "--model", "tiny-moe"), "The recording is not of tiny-moe"),
+        (("rec", "--save", "again"), "rec is a recording already"),
+        (("cut",), "damaged or cut short"),
+        (("--check", "--check-points", "0", "--prompt-tokens", "20", "--new-tokens", "1"), "Cannot check 0 points"),
+        (("--prompt-tokens", "9000"), "tiny-dense has a context of 8192"),
     ],
 )
-def test_a_wrong_replay_is_one_sentence(run, arguments, message):
+def test_a_wrong_replay_is_one_sentence(run, tmp_path, tiny, arguments, message):
+    for name in {"rec", "cut"} & set(arguments):
+        file = wb.record(tiny, ids(20), new_tokens=2).save(tmp_path / name) / "recording.safetensors"
+        if name == "cut":
+            file.write_bytes(file.read_bytes()[:-1])
     code, out, err = run("replay", *arguments)
-    assert code == 2 and not out and message in err and "Traceback" not in err
+    assert code == 2 and not out and message in err and len(err.strip().splitlines()) == 1
 
 
 def test_export(run, tmp_path):
@@ -229,6 +278,11 @@ def test_hardware(run, tmp_path, monkeypatch):
         (["export", "full", "--out", "x.json", "--format", "xml"], "no export format 'xml'"),
         (["compare", "--workload", "chess"], "no workload named 'chess'"),
         (["compare", "--workload", "text", "--query-aware"], "no setting 'query_aware'"),
+        (["compare", "tiny-dense", "--model", "tiny-moe"], "Give the model once"),
+        (["compare", "--methods", "h2o:budget=0.2", "--budgets", "0.5"], "has a budget of its own"),
+        (["compare", "--methods", "h2o", "--budgets", "half"], "--budgets cannot be 'half'"),
+        (["compare", "--contexts", "64", "9000", "--workload", "text"], "whose context is 8192"),
+        (["compare", "--workload", "recall:colour=1"], "no setting 'colour'"),
         (["compare", "--context", "9000"], "whose context is 8192"),
         (["compare", "--samples", "0"], "samples=0"),
         (["compare", "--method", "h2o:budget=2.5"], "cannot be 2.5"),

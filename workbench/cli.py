@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,13 @@ from rich.table import Table
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from workbench.cost.roofline import Prediction
+    from workbench.trace.check import Check
     from workbench.trace.comparison import Comparison
+    from workbench.trace.replay import Replay
+    from workbench.workloads import Workload
 
 app = typer.Typer(
     add_completion=False,
@@ -31,6 +37,16 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to standard output.")]
 Model = Annotated[str, typer.Option(help="A built-in model, gemma-3-270m, a directory or a hub id.")]
+Methods = Annotated[
+    list[str] | None, typer.Option("--methods", "--method", help="NAME:knob=value,… of each, separated by spaces.")
+]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option("--budgets", "--budget", help="Shares of the prompt (0.2) or tokens (128), separated by spaces."),
+]
+
+_LISTS = ("--methods", "--budgets", "--contexts")
+"""Options that take all values up to the next option."""
 
 DEMO_METHODS = ("streaming-llm", "h2o", "snapkv")
 DEMO_BUDGETS = (0.75, 0.5, 0.2)
@@ -47,7 +63,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
-        app([argument for argument in arguments if argument != "--debug"])
+        app(_listed([argument for argument in arguments if argument != "--debug"]))
     except UserError as error:
         if debug:
             raise
@@ -61,14 +77,29 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
+def _listed(arguments: list[str]) -> list[str]:
+    """`--methods a b` as `--methods a --methods b`, which is how the parser takes several values."""
+    spread: list[str] = []
+    option = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            option = argument if argument in _LISTS else None
+            spread += [] if option else [argument]
+        else:
+            spread += [option, argument] if option else [argument]
+    return spread
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the traces.")] = Path("demo"),
     as_json: Json = False,
 ) -> None:
     """Compare dense with three cache methods on the built-in model, and write a report."""
+    from workbench.workloads import WORKLOADS
+
     methods = [f"{name}:budget={budget}" for budget in DEMO_BUDGETS for name in DEMO_METHODS]
-    _compare("tiny-dense", "recall", {"context": 512, "samples": 8}, methods, out, as_json)
+    _compare("tiny-dense", [WORKLOADS["recall"](context=512, samples=8)], methods, out, True, as_json)
 
 
 @app.command()
@@ -135,21 +166,31 @@ def profile(
 
 @app.command()
 def compare(
-    model: Model = "tiny-dense",
-    workload: Annotated[str, typer.Option(help="What to run: recall or text.")] = "recall",
-    context: Annotated[int, typer.Option(help="Tokens of each context.")] = 512,
+    source: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="The model; tiny-dense by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
+    workload: Annotated[str, typer.Option(help="NAME:setting=value,…; see `workbench workloads`.")] = "recall",
+    context: Annotated[
+        list[int] | None, typer.Option("--contexts", "--context", help="Tokens of each context: one or several lengths; 512.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="How many contexts.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the contexts.")] = 0,
-    query_aware: Annotated[bool, typer.Option(help="recall: let methods see the question when they compress.")] = False,
-    method: Annotated[list[str] | None, typer.Option(help="NAME:knob=value,…; may be given several times.")] = None,
+    query_aware: Annotated[bool, typer.Option(help="Let methods see the question when they compress.")] = False,
+    method: Methods = None,
+    budget: Budgets = None,
     out: Annotated[Path, typer.Option(help="Folder for the report, the rows and the traces.")] = Path("comparison"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run what is finished in the folder again, too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run several methods on one workload: quality beside cost, in a table and a report."""
-    settings: dict[str, Any] = {"context": context, "samples": samples, "seed": seed}
-    if query_aware:
-        settings["query_aware"] = True
-    _compare(model, workload, settings, method or [], out, as_json)
+    """Run methods at budgets on a workload: quality beside cost, in a table and a report. Goes on where it was cut short."""
+    from workbench.workloads import parse_workload
+
+    if source is not None and model is not None:
+        raise UserError(f"Give the model once: {source!r} or --model {model}.")
+    given: dict[str, Any] = {"samples": samples, "seed": seed, **({"query_aware": True} if query_aware else {})}
+    lengths = list(dict.fromkeys(context or [512]))
+    workloads = [parse_workload(workload, context=length, **given) for length in lengths]
+    methods = _at_budgets(method or [], [_budget(text) for text in budget or []])
+    _compare(source or model or "tiny-dense", workloads, methods, out, fresh, as_json)
 
 
 @app.command()
@@ -226,20 +267,22 @@ def hardware_sheets(
 
 @app.command()
 def replay(
-    model: Model = "tiny-dense",
+    source: Annotated[str | None, typer.Argument(help="A model to record, or the folder of a saved recording.")] = None,
+    model: Annotated[str | None, typer.Option(help="With a recording and --check: the model that was recorded.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 text file with the prompt.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Without a prompt: this many tokens of standard-library text.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode; the replay is measured on them.")] = 32,
-    method: Annotated[list[str] | None, typer.Option(help="NAME:knob=value,…; may be given several times.")] = None,
-    budget: Annotated[
-        list[str] | None, typer.Option(help="0.2 of the prompt or 128 tokens; may be given several times.")
-    ] = None,
-    recording: Annotated[Path | None, typer.Option(help="Replay this saved recording instead of making one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to save the recording in.")] = None,
+    method: Methods = None,
+    budget: Budgets = None,
+    check: Annotated[bool, typer.Option("--check", help="Run a few points live, and say how well they were foretold.")] = False,
+    check_points: Annotated[int, typer.Option(help="How many points --check runs.")] = 6,
+    out: Annotated[Path | None, typer.Option(help="A .html, .csv or .json file for the result.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder to keep a new recording in.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Record a dense run once, and show what each method would have kept of it at each budget."""
+    """Record a dense run once, or open a recording, and show what each method would have kept of it at each budget."""
+    from workbench.experiments.check import check_replay
     from workbench.experiments.record import record
     from workbench.experiments.replay import BUDGETS
     from workbench.experiments.replay import replay as run
@@ -247,37 +290,43 @@ def replay(
     from workbench.trace.recording import Recording
 
     methods, budgets = method or list(DEMO_METHODS), [_budget(text) for text in budget or []] or list(BUDGETS)
+    if out is not None:
+        if out.suffix not in _REPLAY_FORMATS:
+            raise UserError(f"Cannot write a replay to {out}; name a file that ends in {', '.join(_REPLAY_FORMATS)}.")
+        _check_writable(out.parent)
     text = _prompt_text(prompt, prompt_file)
-    if recording is not None:
-        recorded = Recording.load(recording)
+    if source is not None and (Path(source) / "meta.json").exists():
+        if save is not None or text is not None:
+            raise UserError(f"{source} is a recording already; leave out --save and the prompt.")
+        if check and model is None:
+            raise UserError("--check runs the recorded model again; say which with --model.")
+        recorded = Recording.load(source)
+        lm = load(model) if check and model is not None else None
     else:
-        if out is not None:
-            _check_writable(out)
+        if source is not None and model is not None:
+            raise UserError(f"Give the model once: {source!r} or --model {model}.")
+        if save is not None:
+            _check_writable(save)
         if text is None and prompt_tokens < 1:
             raise UserError(f"--prompt-tokens cannot be {prompt_tokens}; ask for 1 or more.")
-        lm = load(model)
+        lm = load(source or model or "tiny-dense")
         recorded = record(lm, _prompt_ids(lm, text, prompt_tokens), new_tokens=new_tokens)
     replayed = run(recorded, methods, budgets)
+    with _progress(as_json) as advance:
+        checked = check_replay(lm, recorded, replayed, points=check_points, on_progress=advance) if check and lm else None
+    if save is not None:
+        recorded.save(save)
     if out is not None:
-        recorded.save(out)
-    rows = replayed.curves().to_dict("records")
+        _REPLAY_FORMATS[out.suffix](out, replayed, checked)
     if as_json:
-        _print_json({"about": replayed.about, "rows": rows, "recording": None if out is None else str(out)})
+        written = {"recording": save, "written": out}
+        paths = {name: None if path is None else str(path) for name, path in written.items()}
+        _print_json({**_replay_dict(replayed, checked), **paths})
         return
-    from workbench.plots.theme import human_bytes
-
-    size = f"{recorded.prompt_tokens} + {recorded.steps} tokens, {len(recorded.layers)} layers"
-    _out.print(f"[bold]{replayed.about['model']}[/bold], {size}", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for name in ("method", "budget", "mass retained", "best possible", "output error", "KV held"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
-        shares = [f"{row[name]:.3f}" for name in ("mass_retained", "oracle_mass", "output_error")]
-        table.add_row(row["method"], str(row["budget"]), *shares, human_bytes(row["bytes"]))
-    _out.print(table)
-    _out.print("Shares of attention, and of the attention output's length; means over layers, heads and steps.", style="dim")
-    if out is not None:
-        _out.print(f"Recording: {out}", highlight=False)
+    _print_replay(replayed, checked)
+    for name, path in (("Recording", save), ("Written", out)):
+        if path is not None:
+            _out.print(f"{name}: {path}", highlight=False)
 
 
 @app.command()
@@ -368,6 +417,30 @@ def calibrate(
         return
     for each, place in zip(found, places, strict=True):
         _out.print(f"{each.method} is calibrated for {model}: {place}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def workloads(as_json: Json = False) -> None:
+    """List the workloads with their settings."""
+    from workbench.workloads import WORKLOADS
+
+    listed = [
+        {
+            "name": name,
+            "summary": cls.summary(),
+            "settings": {option.name: option.default for option in dataclasses.fields(cls)},
+        }
+        for name, cls in WORKLOADS.items()
+    ]
+    if as_json:
+        _print_json(listed)
+        return
+    table = Table(show_lines=True)
+    for name in ("workload", "what it does", "settings"):
+        table.add_column(name)
+    for entry in listed:
+        table.add_row(entry["name"], entry["summary"], "\n".join(f"{key}={value}" for key, value in entry["settings"].items()))
+    _out.print(table)
 
 
 @app.command()
@@ -498,33 +571,39 @@ def _human_seconds(seconds: float) -> str:
     raise AssertionError
 
 
-def _compare(model: str, workload: str, settings: dict[str, Any], methods: list[str], out: Path, as_json: bool) -> None:
+def _compare(model: str, workloads: list[Workload], methods: list[str], out: Path, fresh: bool, as_json: bool) -> None:
+    """Compares on each workload; the results of several lie in folders of their own, and what is finished in one."""
     from workbench.experiments.compare import compare as run
     from workbench.methods import parse_method
     from workbench.models.load import load
-    from workbench.workloads import WORKLOADS
 
     setups = [parse_method(text) for text in methods]
-    chosen = _workload(WORKLOADS[workload], settings)
     lm = load(model)
     _check_writable(out)
-    with _progress(as_json) as advance:
-        comparison = run(lm, chosen, setups, on_progress=advance)
-    comparison.save(out)
-    report = comparison.report(out / "report.html")
+    for workload in workloads:
+        workload.episodes(lm)  # what does not fit is said before anything runs
+    printed = []
+    for workload in workloads:
+        folder = out if len(workloads) == 1 else out / f"context-{workload.context}"
+        with _progress(as_json) as advance:
+            comparison = run(lm, workload, setups, out=out, fresh=fresh, on_progress=advance)
+        comparison.save(folder)
+        report = comparison.report(folder / "report.html")
+        printed.append({**comparison.to_dict(), "report": str(report)})
+        if not as_json:
+            _print_comparison(comparison)
+            _out.print(f"Report: {report}", highlight=False)
     if as_json:
-        _print_json({**comparison.to_dict(), "report": str(report)})
-        return
-    _print_comparison(comparison)
-    _out.print(f"Report: {report}", highlight=False)
+        _print_json(printed[0] if len(printed) == 1 else {"comparisons": printed})
 
 
-def _workload(cls: type, settings: dict[str, Any]):
-    try:
-        return cls(**settings)
-    except TypeError:
-        unknown = [name for name in settings if name not in cls.__dataclass_fields__]
-        raise UserError(f"Workload {cls.name!r} has no setting {unknown[0]!r}; leave it out.") from None
+def _at_budgets(methods: list[str], budgets: list[float | int]) -> list[str]:
+    """Each method in text form at each budget, or as it is if no budgets are given."""
+    for text in methods if budgets else []:
+        if "budget=" in text:
+            raise UserError(f"{text!r} has a budget of its own; leave that or --budgets out.")
+    joined = [f"{text}{',' if ':' in text else ':'}budget={budget}" for text in methods for budget in budgets]
+    return joined if budgets else methods
 
 
 def _print_comparison(comparison: Comparison) -> None:
@@ -543,8 +622,67 @@ def _print_comparison(comparison: Comparison) -> None:
         table.add_row(row.setup, f"{row.score:.3f}", f"{row.kl_to_dense:.3f}", size, *times, fired)
     _out.print(table)
     _out.print("KL to dense: nats a token. TTFT, TPOT: ms. Fired: layers and steps acted on, of those due.", style="dim")
+    for heading, scores in (("question", comparison.turns), ("depth, %", comparison.depths)):
+        if scores.shape[1] > 1:
+            _print_scores(heading, scores)
     if about["sliding_layers"]:
         _out.print(f"{about['sliding_layers']} sliding-window layers were left alone.", style="dim")
+
+
+def _replay_dict(replayed: Replay, checked: Check | None) -> dict[str, Any]:
+    rows = replayed.curves().to_dict("records")
+    return {"about": replayed.about, "rows": rows, "check": None if checked is None else checked.to_dict()}
+
+
+def _write_replay_html(path: Path, replayed: Replay, checked: Check | None) -> None:
+    from workbench.report import write_replay_report
+
+    write_replay_report(replayed, checked, path)
+
+
+_REPLAY_FORMATS = {
+    ".html": _write_replay_html,
+    ".csv": lambda path, replayed, _: replayed.curves().to_csv(path, index=False),
+    ".json": lambda path, replayed, checked: path.write_text(json.dumps(_replay_dict(replayed, checked), indent=1)),
+}
+"""How a replay is written, by the file's suffix."""
+
+
+def _print_replay(replayed: Replay, checked: Check | None) -> None:
+    from workbench.plots.theme import human_bytes
+
+    about = replayed.about
+    size = f"{about['prompt_tokens']} + {about['steps']} tokens, {len(about['layers'])} layers"
+    _out.print(f"[bold]{about['model']}[/bold], {size}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for name in ("method", "budget", "mass retained", "best possible", "output error", "KV held"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for point, row in zip(replayed.points, replayed.curves().to_dict("records"), strict=True):
+        shares = [f"{row[name]:.3f}" for name in ("mass_retained", "oracle_mass", "output_error")]
+        table.add_row(point.method, str(point.budget), *shares, human_bytes(row["bytes"]))
+    _out.print(table)
+    _out.print("Shares of attention, and of the attention output's length; means over layers, heads and steps.", style="dim")
+    if checked is None:
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for name in ("run live", "error foretold", "KL", "top-1", "overlap"):
+        table.add_column(name, justify="left" if name == "run live" else "right")
+    for point in checked.points:
+        live = (f"{point.live_kl:.3f}", f"{point.live_top1:.3f}", f"{point.kept_overlap:.1%}")
+        table.add_row(point.setup, f"{point.predicted_error:.3f}", *live)
+    _out.print(table)
+    _out.print(str(checked), highlight=False)
+
+
+def _print_scores(heading: str, scores: pd.DataFrame) -> None:
+    """Scores by question or by depth."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column(f"score by {heading}", overflow="fold")
+    for name in scores.columns:
+        table.add_column(str(name), justify="right")
+    for setup, values in scores.iterrows():
+        table.add_row(str(setup), *(f"{value:.2f}" for value in values))
+    _out.print(table)
 
 
 def _budget(text: str) -> float | int:
@@ -552,7 +690,7 @@ def _budget(text: str) -> float | int:
         return int(text) if text.strip().isdigit() else float(text)
     except ValueError:
         raise UserError(
-            f"--budget cannot be {text!r}; write a fraction such as 0.2, or a number of tokens such as 128."
+            f"--budgets cannot be {text!r}; write a fraction such as 0.2, or a number of tokens such as 128."
         ) from None
 
 

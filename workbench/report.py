@@ -6,6 +6,7 @@ import html
 import os
 from pathlib import Path
 
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
@@ -13,7 +14,9 @@ from workbench import plots
 from workbench.errors import UserError
 from workbench.plots.cache_map import kept_share
 from workbench.plots.theme import human_bytes
+from workbench.trace.check import Check
 from workbench.trace.comparison import Comparison, Row
+from workbench.trace.replay import Replay
 from workbench.trace.trace import Trace
 
 _STYLE = """
@@ -53,7 +56,15 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 
 def write_report(comparison: Comparison, path: Path) -> Path:
     """Writes the report. Raises UserError if the file cannot be written; nothing half-written stays."""
-    page = report_html(comparison)
+    return _write(report_html(comparison), path)
+
+
+def write_replay_report(replay: Replay, check: Check | None, path: Path) -> Path:
+    """The same for a replay: its curves, with the points that were run live, and the numbers."""
+    return _write(replay_html(replay, check), path)
+
+
+def _write(page: str, path: Path) -> Path:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,10 +80,7 @@ def report_html(comparison: Comparison) -> str:
     about = comparison.about
     title = f"{about['workload']} on {about['model']}"
     kept = "".join(_kept(label, trace) for label, trace in comparison.traces.items() if trace.arrow("evictions").num_rows)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Workbench: {html.escape(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>
-<h1>{html.escape(title)}</h1>
+    return f"""{_head(title)}
 <p class="sub">{html.escape(comparison.settings)} &middot; {html.escape(_ran_on(about["environment"]))}</p>
 <h2>Quality beside cost</h2>
 {table_html(comparison)}
@@ -83,6 +91,7 @@ allocated tensors on a GPU. FLOPs and bytes are of one sample,
 over the prefill or everything after it; FLOPs count matrix products, a multiply-add as 2, causal attention as T x T; bytes
 follow the fused model.</p>
 {_left_alone(about)}
+{_by_turn(comparison)}{_by_depth(comparison)}
 <h2>Trade-offs</h2>
 {_figure(comparison.pareto())}
 {_figure(comparison.pareto(y="kl_to_dense"))}
@@ -94,6 +103,35 @@ follow the fused model.</p>
 {kept or "<p>No method evicted anything.</p>"}
 </body></html>
 """
+
+
+def replay_html(replay: Replay, check: Check | None) -> str:
+    """A replay's whole page."""
+    live = "" if check is None else f"<h2>Run live</h2><p>{html.escape(str(check))}</p>{_frame(check.table)}"
+    return f"""{_head(f"Replay of {replay.about['model']}")}
+<p class="sub">{html.escape(repr(replay))}</p>
+{_figure(plots.replay_curves(replay, check))}
+{_figure(plots.replay_curves(replay, check, "output_error"))}
+<p class="note">What each method would have kept of one recorded dense run. Mass retained: share of the decoded tokens'
+attention on what was held. Output error: distance of a head's output from the dense one, as a share of its length. Means
+over layers, heads and steps. Best possible: the most mass any kept set of that size retains.</p>
+{live}
+<h2>Numbers</h2>
+{_frame(replay.curves())}
+</body></html>
+"""
+
+
+def _head(title: str) -> str:
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Workbench: {html.escape(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>
+<h1>{html.escape(title)}</h1>"""
+
+
+def _frame(table: pd.DataFrame) -> str:
+    shown = table.to_html(index=False, border=0, float_format="{:.4g}".format)
+    return f'<style>{_TABLE_STYLE}</style><div class="wb-table">{shown}</div>'
 
 
 def table_html(comparison: Comparison) -> str:
@@ -144,6 +182,20 @@ def _kept(label: str, trace: Trace) -> str:
 
 def _figure(figure: go.Figure) -> str:
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+
+
+def _by_turn(comparison: Comparison) -> str:
+    if comparison.turns.shape[1] < 2:
+        return ""
+    note = "Mean score of the 1st, 2nd, ... question. The context was compressed once, before the first."
+    return f'<h2>Question by question</h2><p class="note">{note}</p>{_frame(comparison.turns.reset_index())}'
+
+
+def _by_depth(comparison: Comparison) -> str:
+    if comparison.depths.shape[1] < 2:
+        return ""
+    note = "Mean score by where the answer stands, in percent of the context."
+    return f'<h2>By depth</h2><p class="note">{note}</p>{_frame(comparison.depths.reset_index())}'
 
 
 def _left_alone(about: dict) -> str:

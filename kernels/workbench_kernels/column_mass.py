@@ -49,6 +49,9 @@ def column_mass(
     if sinks is None and softcap is None and launches(query, key):
         return launch_column_mass(query, key, scaling, lse=lse, asking=asking, occupied=occupied, window=window)
     options = {"window": window, "softcap": softcap, "sinks": sinks}
+    if query.shape[2] == 1:
+        row = attention_rows(query, key, scaling, occupied=occupied, **options).flatten(1, 3)
+        return row if asking is None else row * asking[:, None]
     return column_mass_reference(query, key, scaling, asking=asking, occupied=occupied, **options)
 
 

@@ -15,10 +15,9 @@ EVICTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name 
 
 
 def small(cls, budget):
-    """The method with knobs that fit prompts of a few dozen tokens."""
-    return cls(
-        budget=budget, **({"window": 2 if cls.name == "lazy-eviction" else 8} if "window" in cls.__dataclass_fields__ else {})
-    )
+    """The method with knobs that fit prompts of a few dozen tokens, and models nothing was trained for."""
+    fitting = {"window": 2 if cls.name == "lazy-eviction" else 8, "mode": "pseudo"}
+    return cls(budget=budget, **{name: value for name, value in fitting.items() if name in cls.__dataclass_fields__})
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ import torch
 
 import workbench as wb
 from workbench.experiments.fidelity import kl_to_dense, negative_log_likelihood, top1_agreement
+from workbench.report import report_html
 from workbench.testing import random_gemma
+from workbench.workloads import parse_workload
 
 
 def test_fidelity_by_hand():
@@ -69,6 +71,27 @@ def test_save_and_load(comparison, tmp_path):
     with pytest.raises(wb.UserError, match="holds no comparison"):
         wb.Comparison.load(tmp_path / "nowhere")
     json.dumps(comparison.to_dict())
+
+
+def test_scores_by_turn_and_depth_add_up(comparison):
+    assert list(comparison.turns.columns) == [1, 2, 3, 4] and list(comparison.depths.columns) == [12, 38, 62, 88]
+    assert list(comparison.turns.index) == [row.setup for row in comparison.rows]
+    for row in comparison.rows:
+        assert comparison.turns.loc[row.setup].mean() == pytest.approx(row.score)
+        assert comparison.depths.loc[row.setup].mean() == pytest.approx(row.score)
+    streaming = comparison.depths.loc["streaming-llm(budget=0.2)"]
+    assert streaming[88] >= streaming[38]  # the end of the context is what it keeps
+    page = report_html(comparison)
+    assert "Question by question" in page and "By depth" in page
+
+
+@pytest.mark.parametrize("workload", ["needle:depths=2", "copy", "recall:facts=5", "text"])
+def test_every_workload_runs_on_the_built_in_models(tiny, workload):
+    chosen = parse_workload(workload, context=96, samples=1)
+    dense, other = wb.compare(tiny, chosen, ["snapkv:budget=0.5"]).rows
+    for row in (dense, other):
+        assert 0 <= row.score <= 1 and row.nll > 0 and len(row.turn_scores) == getattr(chosen, "facts", 1)
+    assert other.steps == other.fired_steps > 0
 
 
 def test_query_aware_is_easier(tiny):

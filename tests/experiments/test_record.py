@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 import workbench as wb
 from workbench.experiments.record import recording_bytes
+from workbench.probes.memory import free_bytes
 from workbench.testing import ids, random_gemma, random_llama, random_model
 
 PROMPT, NEW = 30, 5
@@ -94,6 +97,38 @@ def test_a_recording_cut_short_is_one_sentence(recording, tmp_path, length):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("place", [-1, -100, -2000])
+def test_a_recording_with_one_bit_changed_is_one_sentence(recording, tmp_path, place):
+    file = recording.save(tmp_path / "rec") / "recording.safetensors"
+    changed = bytearray(file.read_bytes())
+    changed[place] ^= 1
+    file.write_bytes(changed)
+    with pytest.raises(wb.UserError, match="damaged or cut short; record it again"):
+        wb.Recording.load(tmp_path / "rec")
+
+
+def test_the_tensors_of_another_run_are_refused(lm, recording, tmp_path):
+    one = recording.save(tmp_path / "one")
+    other = wb.record(lm, ids(PROMPT, seed=1), new_tokens=NEW).save(tmp_path / "other")
+    (other / "recording.safetensors").write_bytes((one / "recording.safetensors").read_bytes())
+    with pytest.raises(wb.UserError, match="damaged or cut short"):
+        wb.Recording.load(other)
+
+
+def test_more_memory_than_there_is_is_refused_before_anything_runs(lm, recording, monkeypatch):
+    monkeypatch.setattr("workbench.experiments.record.free_bytes", lambda device: 1000)
+    with pytest.raises(wb.UserError, match=r"takes [\d,]+ bytes and 1,000 are free; choose fewer layers or tokens"):
+        wb.record(lm, ids(PROMPT), new_tokens=NEW)
+    monkeypatch.setattr("workbench.experiments.replay.free_bytes", lambda device: 1000)
+    with pytest.raises(wb.UserError, match=r"takes about [\d,]+ bytes and 1,000 are free; record fewer new tokens"):
+        wb.replay(recording, ["h2o"], [0.5])
+
+
+def test_free_memory_is_some_of_what_the_machine_has():
+    free = free_bytes(torch.device("cpu"))
+    assert free is not None and 2**20 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def test_a_damaged_header_and_a_plain_trace_are_one_sentence(recording, tmp_path):
     file = recording.save(tmp_path / "rec") / "recording.safetensors"
     whole = file.read_bytes()
@@ -102,7 +137,7 @@ def test_a_damaged_header_and_a_plain_trace_are_one_sentence(recording, tmp_path
         file.write_bytes(whole.replace(old, new))
         with pytest.raises(wb.UserError, match="damaged"):
             wb.Recording.load(tmp_path / "rec")
-    file.write_bytes(whole.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
+    file.write_bytes(whole.replace(b'\\"format\\": 2', b'\\"format\\": 9'))
     with pytest.raises(wb.UserError, match="has format 9"):
         wb.Recording.load(tmp_path / "rec")
     file.unlink()

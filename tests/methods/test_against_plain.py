@@ -58,8 +58,8 @@ def snapkv_sets(q, k, capacity, window, kernel, pooling):
             for query in range(length - window, length):
                 for j, weight in enumerate(attention_row(q, k, num_q_heads, head, query, length)):
                     votes[j] += weight
-            for j in range(length):
-                around = [votes[i] if 0 <= i < length else 0.0 for i in range(j - kernel // 2, j + kernel // 2 + 1)]
+            for j in range(length - window):
+                around = [votes[i] if 0 <= i < length - window else 0.0 for i in range(j - kernel // 2, j + kernel // 2 + 1)]
                 total[j] += (sum(around) / kernel if pooling == "avg" else max(around)) / group
         before = {j: total[j] for j in range(length - window)}
         kept.append(best(before, capacity - window) | set(range(length - window, length)))
@@ -99,8 +99,8 @@ def adakv(q, k, v, capacity, layer, num_layers):
     for head in range(num_q_heads):
         rows = [attention_row(q, k, num_q_heads, head, query, length) for query in range(length - window, length)]
         votes = [sum(row[j] for row in rows) for j in range(length)]
-        for j in range(length):
-            around = [votes[i] if 0 <= i < length else 0.0 for i in (j - 1, j, j + 1)]
+        for j in range(length - window):
+            around = [votes[i] if 0 <= i < length - window else 0.0 for i in (j - 1, j, j + 1)]
             totals[head // group, j] = totals.get((head // group, j), 0.0) + sum(around) / 3 / group
     before = {key: total for key, total in totals.items() if key[1] < length - window}
     mean = capacity - window

@@ -99,7 +99,7 @@ def _eager_rows(trace: Trace, steps: pd.DataFrame) -> list[pd.DataFrame]:
         raise UserError(f"The eager bytes of this trace are not known ({traffic['reason']}); use model='fused'.")
     attention = trace.table("attention")
     parts = []
-    kinds = [regime(row.phase, row.batch, row.padding_mask) for row in steps.itertuples()]
+    kinds = [regime(row.phase, row.batch, row.tokens, row.padding_mask) for row in steps.itertuples()]
     for kind, of_kind in steps.groupby(np.array(kinds, dtype=object), sort=False):
         calls = attention[attention["step"].isin(of_kind["step"])]
         for scope, component, coefficients in traffic["regimes"][kind]:

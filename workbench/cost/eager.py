@@ -40,7 +40,7 @@ def eager_rows(trace: Trace, rates: Rates, experts: pd.DataFrame) -> pd.DataFram
     ]
     for layer in anatomy.layers:
         calls = attention[attention["layer"] == layer.index]
-        parts += _layer_rows(layer, steps, calls, work)
+        parts += _layer_rows(layer, calls, work)
         if layer.experts is not None:
             chosen = experts[experts["layer"] == layer.index]
             each = chosen["tokens"] / chosen["hit"]
@@ -100,12 +100,12 @@ def kind_of(kernel: str, mask: str, q_len: int) -> str:
     return "causal" if "causal" in mask else "masked"
 
 
-def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, work: _Work) -> list[pd.DataFrame]:
-    tokens, attention = steps["tokens"], layer.attention
-    parts = [_rows(steps, layer.index, "norm", sum(work.passing("norm", tokens * norm) for norm in layer.norms))]
+def _layer_rows(layer: Layer, calls: pd.DataFrame, work: _Work) -> list[pd.DataFrame]:
+    tokens, attention = calls["batch"] * calls["q_len"], layer.attention
+    parts = [_rows(calls, layer.index, "norm", sum(work.passing("norm", tokens * norm) for norm in layer.norms))]
     for component in dict.fromkeys(linear.component for linear in layer.linears):
         linears = [linear for linear in layer.linears if linear.component == component]
-        parts += [_rows(steps, layer.index, component, work.product(tokens, each)) for each in linears if not each.per_key]
+        parts += [_rows(calls, layer.index, component, work.product(tokens, each)) for each in linears if not each.per_key]
         keys = calls["batch"] * calls["kv_read"]
         parts += [_rows(calls, layer.index, component, work.product(keys, each)) for each in linears if each.per_key]
     rotated = tokens * (attention.num_q_heads + attention.num_kv_heads) * attention.head_dim
@@ -115,9 +115,9 @@ def _layer_rows(layer: Layer, steps: pd.DataFrame, calls: pd.DataFrame, work: _W
     if layer.experts is not None:
         inner.append(layer.experts.top_k * layer.experts.linears[-1].in_features)
     parts.append(
-        _rows(steps, layer.index, "elementwise", passes + sum(work.passing(activation, tokens * size) for size in inner))
+        _rows(calls, layer.index, "elementwise", passes + sum(work.passing(activation, tokens * size) for size in inner))
     )
-    parts.append(_rows(steps, layer.index, "overhead", np.full(len(steps), work.rates.layer_s)))
+    parts.append(_rows(calls, layer.index, "overhead", np.full(len(calls), work.rates.layer_s)))
     if len(calls):
         parts.append(_rows(calls, layer.index, "attention.scores", work.attention(calls, layer)))
         cached = calls[calls["kv_held"] > 0]

@@ -10,16 +10,20 @@ import pandas as pd
 
 from workbench.cost.durations import step_ns
 from workbench.cost.energy import phase_joules
-from workbench.trace.schema import PHASES
+from workbench.trace.schema import PHASES, REHEARSAL
 
 if TYPE_CHECKING:
     from workbench.trace.trace import Trace
 
 
+BEFORE_FIRST_TOKEN = ("prefill", REHEARSAL)
+"""The phases that come before the first token."""
+
+
 def ttft_ns(trace: Trace) -> int | None:
-    """Time to first token: the duration of the prefill, which ends with the first token's logits."""
+    """Time to first token: the duration of the prefill, and of the rehearsal a method may add before it decides."""
     steps = trace.table("steps")
-    prefill = step_ns(steps[steps["phase"] == "prefill"])
+    prefill = step_ns(steps[steps["phase"].isin(BEFORE_FIRST_TOKEN)])
     return int(prefill.sum()) if len(prefill) else None
 
 

@@ -7,6 +7,7 @@ returns the layer itself in place of the keys, and the one attention function (`
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +15,29 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from workbench.engine.call import Call
+from workbench.engine.call import Call, Waiting
 from workbench.engine.joint import divide, divides
-from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
+from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.ragged import RaggedStore
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
 from workbench.probes.rotation import Rotation, rotations
 from workbench.trace.anatomy import Anatomy
-from workbench_kernels.attention_rows import blockwise_attention
+from workbench.trace.schema import REHEARSAL
+from workbench_kernels.attention_rows import attention_rows, blockwise_attention
 from workbench_kernels.column_mass import column_mass, column_mass_flops
 from workbench_kernels.decode_attention import decode_attention
 from workbench_kernels.ragged_decode_attention import ragged_decode_attention
+
+
+@dataclass
+class _Rehearsing:
+    """What a layer held before a rehearsal, and what the rehearsed tokens looked at so far."""
+
+    length: int
+    seen: int
+    foresees: bool
+    foresight: torch.Tensor | None = None
 
 
 class EngineLayer(CacheLayerMixin):
@@ -44,7 +56,8 @@ class EngineLayer(CacheLayerMixin):
         self.store: RectangularStore | RaggedStore = RectangularStore(kept_beside(policy))
         self._seen = 0
         self._scaling = 1.0
-        self._undecided = False
+        self._rehearsing: _Rehearsing | None = None
+        self.undecided = False
         """Whether the policy came by a swap and has not had its say on what is held."""
 
     # What transformers asks of a cache layer. Positions and masks are the session's business: it passes its own, so
@@ -111,8 +124,9 @@ class EngineLayer(CacheLayerMixin):
         out, kernel = self._output(query, scaling, options)
         slots = self.store.mean_length if kernel == "ragged" else self.store.length
         self.call.record_attention(self.index, self.attention, query.shape, slots, kernel)
-        if self.observing and MASS in self.policy.needs:
-            self.add_mass(query, scaling, asking=asking, **options)
+        if self.call.phase == REHEARSAL:
+            self._foresee(query, scaling, options)
+            return out.transpose(1, 2), None
         if observes(self.call.importance, query.shape[2]):
             mass, window = attention_mass(self.call.importance, query, self.store.keys, scaling, asking=asking, **options)
             spread = by_position(mass, self.store.positions, max(self.call.seen))
@@ -120,8 +134,22 @@ class EngineLayer(CacheLayerMixin):
         if self.attention.window is not None:
             self.store.keep_last(self.attention.window - 1)
         self._record("append", query.shape[0] * query.shape[2])
-        self.rule(query, scaling)
+        if self.policy is not None and self.waits(query, options):
+            self.call.waiting = [*self.call.waiting, Waiting(self, query, scaling)]
+        elif self.policy is not None:
+            self.finish(query, scaling, asking=asking, **options)
         return out.transpose(1, 2), None
+
+    def waits(self, query: torch.Tensor, options: dict) -> bool:
+        """Whether the policy decides once all layers have run: at a decode step of plain attention, if it is rowwise."""
+        plain = options["softcap"] is None and options["sinks"] is None and isinstance(self.store, RectangularStore)
+        return plain and self.policy.rowwise and self.call.phase == "decode" and query.shape[2] == 1
+
+    def finish(self, query: torch.Tensor, scaling: float, **options: Any) -> None:
+        """What follows a call's attention: the policy observes it and decides, if it is its turn."""
+        if self.observing and MASS in self.policy.needs:
+            self.add_mass(query, scaling, **{"occupied": self.store.occupied, **options})
+        self.rule(query, scaling)
 
     def swap(self, policy: CachePolicy | None) -> None:
         """Puts another policy in charge. It decides on what is held in the next call, even if it does not act in its phase.
@@ -135,7 +163,7 @@ class EngineLayer(CacheLayerMixin):
             self.store = self.store.rectangular()
         self.policy = policy
         self.store.replace_side(kept_beside(policy))
-        self._undecided = True
+        self.undecided = True
 
     def clone(self, call: Call) -> EngineLayer:
         """An independent copy that takes part in another session's calls."""
@@ -164,7 +192,7 @@ class EngineLayer(CacheLayerMixin):
     @property
     def observing(self) -> bool:
         """Whether the policy observes this call."""
-        return self.policy is not None and (self._undecided or self.call.phase in self.policy.observes)
+        return self.policy is not None and (self.undecided or self.call.phase in self.policy.observes)
 
     def add_mass(self, query: torch.Tensor, scaling: float, **options: Any) -> None:
         """Adds what each key received: a second pass over the scores, so that the output is the same without it."""
@@ -177,7 +205,9 @@ class EngineLayer(CacheLayerMixin):
 
     def rule(self, query: torch.Tensor, scaling: float) -> None:
         """Lets the policy observe a call by its queries `[B, Hq, Q, D]`, and decide if it is its turn."""
-        undecided, self._scaling = self._undecided, scaling
+        if self.policy is not None and FORESIGHT in self.policy.needs:
+            return  # it decides at the end of a rehearsal
+        undecided, self._scaling = self.undecided, scaling
         if self.index in self.call.capacity:
             dividing = self.policy.joint is not None and divides(self.call, self.policy, undecided)
             wanted = dividing if self.policy.joint else bool(self.policy.side)
@@ -186,12 +216,50 @@ class EngineLayer(CacheLayerMixin):
                 divide(self, observed)
             elif self._is_turn() and self.is_over():
                 self.decide(query)
-        self._undecided = False
+            elif self.call.thinned is not None:
+                self._record("due", 0)
+                self._record("evict", self._record_absent())
+        self.undecided = False
+
+    def is_due(self) -> bool:
+        """Whether a policy that foresees has to decide after this call."""
+        due = self.index in self.call.capacity and self._is_turn() and self.is_over()
+        self.undecided = False
+        return due
+
+    def begin_rehearsal(self, foresees: bool) -> None:
+        """From here on tokens are added that `end_rehearsal` takes back; if `foresees`, what they look at is summed."""
+        self._rehearsing = _Rehearsing(self.store.length, self._seen, foresees)
+
+    def record_adapter(self, flops: int, read_bytes: int) -> None:
+        """Writes what adapters on the rehearsed tokens cost in this layer."""
+        self._record("score", 0, flops, read_bytes)
+
+    def end_rehearsal(self) -> None:
+        """Takes the rehearsed tokens back and lets the policy decide by what they looked at."""
+        rehearsing, self._rehearsing = self._rehearsing, None
+        taken_back = (self.store.length - rehearsing.length) * self.store.keys.shape[0]
+        self.store.crop(rehearsing.length)
+        self._seen = rehearsing.seen
+        self._record("crop", taken_back)
+        if rehearsing.foresight is not None:
+            self.decide(foresight=rehearsing.foresight)
+
+    def _foresee(self, query: torch.Tensor, scaling: float, options: dict) -> None:
+        """Adds the attention the rehearsed queries give to what was held before them."""
+        self._record("append", query.shape[0] * query.shape[2])
+        rehearsing, self._scaling = self._rehearsing, scaling
+        if not rehearsing.foresees:
+            return
+        rows = attention_rows(query, self.store.keys, scaling, **options)
+        self._record("score", 0, 2 * rows.numel() * query.shape[3], self.store.keys.nbytes + query.nbytes + rows.nbytes)
+        given = rows[..., : rehearsing.length].sum(3).flatten(1, 2)
+        rehearsing.foresight = given if rehearsing.foresight is None else rehearsing.foresight + given
 
     def _is_turn(self) -> bool:
         """Whether the policy acts after this call."""
         call, every = self.call, self.policy.every
-        if self._undecided and every == 1:
+        if self.undecided and every == 1:
             return True
         passed = call.since_prompt // every > (call.since_prompt - call.positions.shape[1]) // every
         return passed and call.phase in self.policy.acts
@@ -203,11 +271,15 @@ class EngineLayer(CacheLayerMixin):
             return None
         return list(map(self.policy.grown, call.capacity[self.index], call.divided_at, call.seen))
 
+    def shares(self) -> list[int]:
+        """What the budget gave each row when it was divided."""
+        return self.call.capacity[self.index]
+
     def is_over(self) -> bool:
         """Whether more is held than the policy may keep."""
         return not within(self.store, self.policy, self.limits(), self.attention.num_kv_heads)
 
-    def _state(self, query: torch.Tensor | None) -> LayerState:
+    def _state(self, query: torch.Tensor | None, foresight: torch.Tensor | None = None) -> LayerState:
         store, call, keys = self.store, self.call, self.store.keys
         side = store.side
         return LayerState(
@@ -223,9 +295,10 @@ class EngineLayer(CacheLayerMixin):
             mass=side.get(MASS),
             rotation=self.rotation,
             side={name: side[name] for name in self.policy.side},
-            share=torch.tensor(call.capacity[self.index], device=keys.device),
+            share=torch.tensor(self.shares(), device=keys.device),
             since_prompt=call.since_prompt,
-            dividing=query is None,
+            dividing=query is None and foresight is None,
+            foresight=foresight,
         )
 
     def _observe(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -237,22 +310,51 @@ class EngineLayer(CacheLayerMixin):
             self.store.put_side(name, observed[name])
         return observed
 
-    def decide(self, query: torch.Tensor | None = None) -> None:
-        """Asks the policy what stays and frees the rest; without the call's queries if layers have divided the budget."""
+    def decide(self, query: torch.Tensor | None = None, foresight: torch.Tensor | None = None) -> None:
+        """Asks the policy what stays and frees the rest; without the call's queries if layers have divided the budget.
+
+        `foresight` `[B, Hq, N]` is what rehearsed tokens looked at.
+        """
         self._record("due", 0)
-        state = self._state(query)
+        state = self._state(query, foresight)
         flops, moved = self.policy.scoring_cost(state)
         if flops or moved:
             self._record("score", 0, flops, moved)
-        keep = self.policy.keep(state) & state.occupied
+        num_absent = self._record_absent()
+        keep = (self._keep_and_thin(state) if self._thins() else self.policy.keep(state)) & state.occupied
         dropped = torch.where(keep, -1, state.positions)
         num_dropped = int((dropped >= 0).sum())
-        if num_dropped:
-            if self.policy.ragged and isinstance(self.store, RectangularStore):
-                self.store = RaggedStore.of(self.store)
-            moved = self.store.keep(keep)
-            self._record("evict", num_dropped, 0, moved)
-            self.call.record_evictions(self.index, dropped)
+        if num_dropped and self.policy.ragged and isinstance(self.store, RectangularStore):
+            self.store = RaggedStore.of(self.store)
+        if num_dropped or num_absent:
+            self._evicted(dropped, self.store.keep(keep) if num_dropped else 0, num_absent)
+
+    def _evicted(self, dropped: torch.Tensor, moved: int, num_absent: int = 0) -> None:
+        """Records an eviction: `dropped` `[B, H, N]` positions, -1 for what stays, and the bytes moved.
+
+        `num_absent` more tokens did not reach this layer and count as evicted from it.
+        """
+        self._record("evict", int((dropped >= 0).sum()) + num_absent, 0, moved)
+        self.call.record_evictions([self.index], dropped)
+
+    def _thins(self) -> bool:
+        """Whether only some tokens of a prompt go on after this layer."""
+        policy = self.policy
+        thins = self.call.phase == "prefill" and THINNING in policy.needs
+        return thins and policy.thins_after(self.num_layers) == self.index
+
+    def _keep_and_thin(self, state: LayerState) -> torch.Tensor:
+        keep, passing = self.policy.keep_and_pass(state)
+        self.call.thin(passing)
+        return keep
+
+    def _record_absent(self) -> int:
+        """Writes the tokens that did not reach this layer as evicted from it. Returns how many, over rows and kv heads."""
+        if self.call.thinned is None:
+            return 0
+        absent = self.call.thinned.absent[:, None].expand(-1, self.attention.num_kv_heads, -1)
+        self.call.record_evictions([self.index], absent)
+        return int((absent >= 0).sum())
 
     def _record(self, op: str, op_tokens: int, extra_flops: int = 0, extra_bytes: int = 0) -> None:
         row = (op, op_tokens, self.store.held_tokens(), self.store.nbytes, self._nominal_bytes(), extra_flops, extra_bytes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from workbench.trace.anatomy import Attention
@@ -12,7 +14,33 @@ from workbench.trace.pairs import causal_pairs
 from workbench.trace.store import TraceWriter
 
 if TYPE_CHECKING:
+    from workbench.engine.cache import EngineLayer
     from workbench.engine.joint import Report
+
+_MANY_ROWS = 256
+"""From here on rows are written as columns, which a prompt's evictions need and a decode step's do not."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A layer that has attended and not decided."""
+
+    layer: EngineLayer
+    query: torch.Tensor
+    """`[B, Hq, 1, D]`."""
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """The tokens of a call that went on to the later layers, and those that did not. Shapes: L' tokens that went on."""
+
+    index: torch.Tensor
+    """`[B, L']` which of the call's tokens they are; a row with fewer is filled up in front."""
+    counts: list[int]
+    """How many of each row went on."""
+    absent: torch.Tensor
+    """`[B, Q]` positions of the others; -1 elsewhere."""
 
 
 @dataclass
@@ -29,12 +57,16 @@ class Call:
     """Tokens each row has seen, this call's included, padding not counted."""
     capacity: dict[int, list[int]] = field(default_factory=dict)
     """Tokens each kv head may keep, by layer and row; a layer that is not listed has no bound."""
+    thinned: Thinned | None = None
+    """Set while a call runs layers that not all of its tokens reach."""
     prompt_tokens: list[int] = field(default_factory=list)
     """Tokens in each row's prompt."""
     divided_at: list[int] = field(default_factory=list)
     """Tokens each row had seen when the capacity was resolved."""
     reports: list[Report] = field(default_factory=list)
     """What layers have reported in this call, until the last one has."""
+    waiting: list[Waiting] = field(default_factory=list)
+    """Layers that leave the decision on this call until all layers have run."""
     importance: str = "off"
     masses: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
     """Layer, attention mass by position `[B, Hq, seen]` and observed queries, until the session writes them."""
@@ -44,12 +76,26 @@ class Call:
         """Tokens each row has seen after its prompt, this call's included."""
         return self.seen[0] - self.prompt_tokens[0]
 
+    def thin(self, passing: torch.Tensor) -> None:
+        """From the next layer on, only the tokens of `passing` `[B, Q]` are there."""
+        counts = passing.sum(-1)
+        length = int(counts.max())
+        if length == passing.shape[1]:
+            return
+        index = passing.to(torch.int8).argsort(dim=-1, stable=True)[:, passing.shape[1] - length :]
+        absent = torch.where(passing, -1, self.positions)
+        self.thinned = Thinned(index, counts.tolist(), absent)
+        filling = torch.arange(length, device=passing.device) < (length - counts)[:, None]
+        self.positions = self.positions.gather(1, index).masked_fill(filling, -1)
+        self.has_padding = min(self.thinned.counts) < length
+
     def record_attention(self, layer: int, attention: Attention, shape: torch.Size, num_slots: int, kernel: str) -> None:
         """Writes a layer's attention. `shape` is that of the queries, `[B, Hq, Q, D]`; `num_slots` are held before it."""
         batch, _, num_queries, _ = shape
         window = attention.window
         if self.has_padding:
-            pairs = sum(causal_pairs(min(num_queries, seen), seen, window) for seen in self.seen)
+            there = self.seen if self.thinned is None else self.thinned.counts
+            pairs = sum(causal_pairs(min(num_queries, seen), seen, window) for seen in there)
         else:
             pairs = batch * causal_pairs(num_queries, num_slots, window)
         read = num_slots if window is None else min(num_slots, window - 1 + num_queries)
@@ -57,9 +103,14 @@ class Call:
         kind = "causal" if window is None else "sliding"
         self.writer.add("attention", self.step, layer, batch, num_queries, read, kept, pairs, kernel, kind)
 
-    def record_evictions(self, layer: int, dropped: torch.Tensor) -> None:
-        """Writes one row a dropped token. `dropped` `[B, H, N]` holds their positions, -1 elsewhere."""
+    def record_evictions(self, layers: Sequence[int], dropped: torch.Tensor) -> None:
+        """Writes one row a dropped token. `dropped` `[L B, H, N]` holds their positions by layer and row, -1 elsewhere."""
         gone = dropped.ge(0)
-        rows, heads, _ = (index.tolist() for index in gone.nonzero(as_tuple=True))
-        where = zip(rows, heads, dropped[gone].tolist(), strict=True)
-        self.writer.extend("evictions", ((self.step, row, layer, head, position, -1) for row, head, position in where))
+        numbers, heads, _ = (index.cpu().numpy() for index in gone.nonzero(as_tuple=True))
+        which, rows = np.divmod(numbers, len(dropped) // len(layers))
+        columns = rows, np.asarray(layers)[which], heads, dropped[gone].cpu().numpy()
+        if len(rows) > _MANY_ROWS:
+            self.writer.add_columns("evictions", self.step, *columns, -1)
+            return
+        for where in zip(*(column.tolist() for column in columns), strict=True):
+            self.writer.add("evictions", self.step, *where, -1)

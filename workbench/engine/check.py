@@ -51,11 +51,15 @@ def check_engine(model: nn.Module, anatomy: Anatomy) -> None:
     except (TypeError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UserError(_refusal(model, f"it failed with: {reason}")) from error
-    tolerance = _TOLERANCE.get(next(model.parameters()).dtype, _HALF_TOLERANCE)
     gap = (torch.cat(given) - expected).abs().max() / expected.abs().max()
-    if not gap <= tolerance:
+    if not gap <= tolerance(model):
         raise UserError(_refusal(model, f"its logits differ from the model's own by {gap:.1%}"))
     _checked.add(model)
+
+
+def tolerance(model: nn.Module) -> float:
+    """How far logits may differ, as a share of the largest, where two ways to compute them are the same."""
+    return _TOLERANCE.get(next(model.parameters()).dtype, _HALF_TOLERANCE)
 
 
 def _refusal(model: nn.Module, why: str) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from workbench.probes.rotation import Rotation
 
-QUERIES, MASS, ROTATION = "queries", "mass", "rotation"
+QUERIES, MASS, ROTATION, FORESIGHT, THINNING = "queries", "mass", "rotation", "foresight", "thinning"
 """What a method may need beyond keys, values and positions."""
 
 REPORT = "report"
@@ -55,6 +55,8 @@ class LayerState:
     """`[B, H, N]` attention each token has received in its life, summed over the group's query heads, if needed."""
     rotation: Rotation | None = None
     """How the layer rotates queries and keys by position, if the method needs it."""
+    foresight: torch.Tensor | None = None
+    """`[B, Hq, N]` attention each token received from the rehearsed tokens, summed over them, if the method needs it."""
     side: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """`[B, H, N]` each: what the method keeps beside K and V, by name."""
     share: torch.Tensor | None = None
@@ -80,16 +82,33 @@ class LayerState:
         return self.newest.view(-1) + 1 - self.since_prompt
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """Tokens to run after the text and take back, so that a method sees what they look at."""
+
+    count: int = 0
+    """Tokens a row; those trained for the model know how many they are."""
+    tokens: tuple[tuple[int, ...], ...] | None = None
+    """Token ids of each row; None: the model's own greedy continuation, one by one."""
+    shift: int = 0
+    """Added to the positions the tokens are rotated by; without it they follow the text."""
+    trained: bool = False
+    """Whether the tokens are the soft ones trained for the model (`workbench.models.lookahead`)."""
+
+
 class CachePolicy(Protocol):
     """A cache method as the engine uses it."""
 
     name: str
     needs: frozenset[str]
-    """Of `queries`, `mass` and `rotation`."""
+    """Of `queries`, `mass`, `rotation`, `foresight` and `thinning`."""
     acts: frozenset[str]
     """The phases after whose attention the method decides."""
     ragged: bool
     """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
+    rowwise: bool
+    """Whether it looks at one row at a time and, of what differs between layers, at capacity, K, V, queries and side state
+    alone: then the decode-time decisions of all layers may be made in one go, their rows as the rows of one batch."""
     side: Mapping[str, Side]
     """What it keeps for each token beside K and V."""
     observes: frozenset[str]
@@ -105,6 +124,10 @@ class CachePolicy(Protocol):
 
     def allocate(self, prompt_tokens: int, num_layers: int) -> list[int] | None:
         """The same for each of the layers the method acts on, first to last."""
+        ...
+
+    def rehearsal(self, rows: Sequence[Sequence[int]]) -> Rehearsal:
+        """What to rehearse after a text, given as the tokens of each row, if the method needs foresight."""
         ...
 
     def share(
@@ -134,6 +157,14 @@ class CachePolicy(Protocol):
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]` bool: the tokens that stay."""
+        ...
+
+    def thins_after(self, num_layers: int) -> int | None:
+        """The layer whose tokens do not all go on to later layers, if the method needs thinning; None: they all do."""
+        ...
+
+    def keep_and_pass(self, state: LayerState) -> tuple[torch.Tensor, torch.Tensor]:
+        """In that layer: what `keep` returns, and `[B, N]` bool: the tokens of this call that go on."""
         ...
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:

@@ -21,7 +21,10 @@ from workbench.engine.attention import engine_attention
 from workbench.engine.cache import allocate, engine_cache, swap_policy
 from workbench.engine.call import Call
 from workbench.engine.check import check_engine
+from workbench.engine.rehearsal import plan, rehearse
 from workbench.engine.setup import Method, Setup
+from workbench.engine.thinning import check_thinning, thinners
+from workbench.engine.together import decide_together
 from workbench.errors import UserError
 from workbench.models.anatomy import accepts_logits_to_keep
 from workbench.probes.attention import attention_configs
@@ -96,6 +99,7 @@ class Session:
             "device_period_s": self._devices.period_s,
         }
         self._call = Call(TraceWriter(meta, Path(out) if out is not None else None), step=-1, importance=importance)
+        check_thinning(lm.model, lm.anatomy, self.setup.cache)
         self._cache = engine_cache(lm.model, lm.anatomy, self.setup.cache, self._call)
         self._routing = RoutingProbe(lm.model)
         self._spans = SpanProbe(lm.model) if spans else None
@@ -147,7 +151,6 @@ class Session:
         self._check_room(rows)
         self._prompt_tokens = [len(row) for row in rows]
         self._set_capacity()
-        self._tokens = [[] for _ in rows]
         return self._forward(rows, "prefill")
 
     def append(self, text: Prompt) -> torch.Tensor:
@@ -223,6 +226,7 @@ class Session:
         new = new.ready(self.lm)
         writer = self._call.writer
         change = {"step": self._call.step + 1, "from": self.setup.label, "to": new.label}
+        check_thinning(self.lm.model, self.lm.anatomy, new.cache)
         swap_policy(self.lm.model, self._cache, new.cache)
         self.setup = new
         self._set_capacity()
@@ -265,8 +269,10 @@ class Session:
         """One forward call of the model over `rows`, padded on the left to one length."""
         if self._interrupted:
             raise UserError("An earlier call of this session did not finish, so its cache is incomplete; start a new Session.")
+        known = self._tokens or [[] for _ in rows]
+        rehearsal = plan(self.lm, self.setup.cache, self._cache.layers, self._call, phase, known, rows)
         self._interrupted = True
-        call = self._call
+        self._tokens = known
         device = self._device
         length = max(map(len, rows))
         padding = [length - len(row) for row in rows]
@@ -274,19 +280,41 @@ class Session:
         starts = [seen - missing for seen, missing in zip(past, padding, strict=True)]
         ids = torch.tensor([[self._pad] * missing + row for missing, row in zip(padding, rows, strict=True)], device=device)
         positions = torch.tensor([list(range(start, start + length)) for start in starts], dtype=torch.int32, device=device)
+        rotated = positions.clamp(min=0) if any(padding) else positions
+        seen = [before + len(row) for before, row in zip(past, rows, strict=True)]
+        logits = self._run(phase, positions.clamp(min=-1), seen, rotated, has_padding=any(padding), input_ids=ids)
+        self._record_tokens(rows)
+        for before, row in zip(known, rows, strict=True):
+            before += row
+        self._logits = logits
+        if rehearsal is not None:
+            rehearse(rehearsal, self._cache.layers, self._call, logits, self._run)
+        self._settle(phase)
+        self._interrupted = False
+        return logits
+
+    def _run(
+        self,
+        phase: str,
+        positions: torch.Tensor,
+        seen: list[int],
+        position_ids: torch.Tensor,
+        has_padding: bool = False,
+        **inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        """One forward call of the model and its rows in the trace; see `rehearsal.Forward`."""
+        call, device = self._call, self._device
         call.step += 1
-        call.phase = phase
-        call.has_padding = any(padding)
-        call.positions = positions.clamp_(min=-1) if call.has_padding else positions
-        call.seen = [seen + len(row) for seen, row in zip(past, rows, strict=True)]
+        call.phase, call.positions, call.seen, call.has_padding = phase, positions, seen, has_padding
+        call.thinned = None
         try:
             with self._attached():
                 if self._spans:
                     self._spans.take()
                 started = time.perf_counter_ns()
                 out = self.lm.model(
-                    input_ids=ids,
-                    position_ids=positions.clamp(min=0) if call.has_padding else positions,
+                    **inputs,
+                    position_ids=position_ids,
                     past_key_values=self._cache,
                     use_cache=True,
                     **self._forward_options,
@@ -296,13 +324,9 @@ class Session:
                     torch.cuda.synchronize(device)
                 duration = time.perf_counter_ns() - started
         except BaseException:
-            call.writer.leave_out(call.step, phase, len(rows), len(rows) * length)
+            call.writer.leave_out(call.step, phase, len(positions), positions.numel())
             raise
-        self._record(rows, out.logits.shape[1], started, duration)
-        for known, row in zip(self._tokens, rows, strict=True):
-            known += row
-        self._logits = logits
-        self._interrupted = False
+        self._record(positions.shape, out.logits.shape[1], started, duration)
         return logits
 
     def _set_capacity(self) -> None:
@@ -314,35 +338,44 @@ class Session:
     def _attached(self):
         self._devices.start()
         with engine_attention(self._configs):
-            probes = [self._routing, *([self._spans] if self._spans else [])]
+            probes = [
+                self._routing,
+                *([self._spans] if self._spans else []),
+                *thinners(self.lm.model, self.setup.cache, self._call),
+            ]
+            # first of the model's hooks, so that whoever observes the call sees the cache as it leaves it
+            deciding = self.lm.model.register_forward_hook(lambda *_: decide_together(self._call), prepend=True)
             try:
                 for probe in probes:
                     probe.attach()
                 yield
             finally:
                 self._devices.pause()
+                deciding.remove()
                 for probe in probes:
                     probe.detach()
 
-    def _record(self, rows: list[list[int]], logits_length: int, started: int, duration: int) -> None:
+    def _record(self, shape: torch.Size, logits_length: int, started: int, duration: int) -> None:
         call = self._call
         add = call.writer.add
-        batch, length = call.positions.shape
+        batch, length = shape
         context = max(call.seen)
         tokens, logits = batch * length, batch * logits_length
         timing = (started, duration, None)
         add("steps", call.step, call.phase, batch, tokens, context, logits, False, *timing, self.setup.label)
-        self._regimes.add(regime(call.phase, batch, False))
+        self._regimes.add(regime(call.phase, batch, tokens, False))
         self._choices.append((call.step, self._routing.take()))
         for layer, mass, window in call.masses:
             self._importance.add(call.step, layer, 0, mass, window, call.phase == "decode")
         call.masses.clear()
         if self._spans:
             call.writer.extend("spans", span_rows(call.step, self._spans.take()))
-        self._record_tokens(rows)
-        if len(self._choices) >= _STEPS_HELD or call.phase == "prefill":
+
+    def _settle(self, phase: str) -> None:
+        """Fetches and writes what has been collected, after a prompt and from time to time."""
+        if len(self._choices) >= _STEPS_HELD or phase == "prefill":
             self._resolve()
-            call.writer.flush(everything=call.writer.directory is not None)
+            self._call.writer.flush(everything=self._call.writer.directory is not None)
 
     def _resolve(self) -> None:
         """Turns what waits on the device into rows, and fetches the samples of the devices."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import mean, median
 
 import pandas as pd
 import torch
 
-from workbench.cost.metrics import Fired, cache_bytes, fired, ttft_ns
+from workbench.cost.metrics import BEFORE_FIRST_TOKEN, Fired, cache_bytes, fired, ttft_ns
 from workbench.engine.cache import acting_layers
 from workbench.engine.session import Session
 from workbench.engine.setup import Method, Setup
 from workbench.errors import MethodDidNotFire
+from workbench.experiments.cells import Cell, Cells, cell_key
 from workbench.experiments.fidelity import kl_to_dense, negative_log_likelihood, top1_agreement
 from workbench.methods.base import parse_method
 from workbench.models.load import LM
@@ -29,12 +31,15 @@ Given = Setup | Method | str | Iterable[Method]
 Progress = Callable[[str, int, int], None]
 """Called as `(setup label, episodes done, episodes in all)`."""
 
+Forced = tuple[tuple[int, ...], ...]
+"""The tokens one episode is led along, turn by turn."""
+
 
 @dataclass
 class _Dense:
     """The dense run of an episode, turn by turn: the forced tokens and the logits `[n, V]` along them."""
 
-    tokens: list[tuple[int, ...]] = field(default_factory=list)
+    tokens: Forced = ()
     logits: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -54,37 +59,59 @@ class _Sample:
     peak_reason: str | None
 
 
-def compare(lm: LM, workload: Workload, setups: Iterable[Given], *, on_progress: Progress | None = None) -> Comparison:
+def compare(
+    lm: LM,
+    workload: Workload,
+    setups: Iterable[Given],
+    *,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    on_progress: Progress | None = None,
+) -> Comparison:
     """Runs every setup on every episode of a workload.
 
     Each episode's context is prefilled and compressed once; then each turn is appended and answered. On a branch of the
     same compressed cache the setup is led along the dense run's answer (or the workload's reference), token by token,
     to measure KL, top-1 agreement and NLL. Dense is always run, first. A warm-up is not counted.
 
+    With `out`, each setup's result is written when it is finished, and a second call takes it from there: a run that was
+    killed loses the setup it was at. Several workloads and models may share the folder. A result is only taken for the
+    same weights, token ids, workload, setup, forced tokens, versions and machine.
+
     Args:
         lm: the model.
         workload: what to run.
         setups: setups, methods, or methods in text form such as `h2o:budget=0.2`.
+        out: folder to keep finished results in.
+        fresh: runs everything again, replacing what is kept.
         on_progress: called after each episode.
 
     Raises:
-        UserError: for setups that do not go together or a workload that does not fit the model.
+        UserError: for setups that do not go together, a workload that does not fit, or a folder that cannot be written.
         MethodDidNotFire: if a method had something to do and did not do it.
     """
     chosen = [setup.ready(lm) for setup in _distinct([_setup(given) for given in setups])]
     episodes = workload.episodes(lm)
-    _warm_up(lm, episodes[0])
+    settings = {option.name: getattr(workload, option.name) for option in dataclasses.fields(workload)}
+    cells = Cells(Path(out), cell_key(lm, workload.name, settings, episodes), fresh) if out is not None else None
     references = [_Dense() for _ in episodes]
     rows, traces = [], {}
+    warm = False
     for setup in chosen:
-        samples = []
-        for episode, dense in zip(episodes, references, strict=True):
-            samples.append(_run(lm, workload, setup, episode, dense))
-            if on_progress is not None:
-                on_progress(setup.label, len(samples), len(episodes))
-        rows.append(_row(setup, samples))
-        traces[setup.label] = samples[0].trace
-    settings = {option.name: getattr(workload, option.name) for option in dataclasses.fields(workload)}
+        done = cells.read(setup.label, _forced(references)) if cells is not None else None
+        if done is None:
+            if not warm:
+                _warm_up(lm, episodes[0])
+                warm = True
+            done = _cell(lm, workload, setup, episodes, references, on_progress)
+            if cells is not None:
+                cells.write(setup.label, done)
+        elif on_progress is not None:
+            on_progress(setup.label, len(episodes), len(episodes))
+        if not any(_forced(references)):  # dense, the first, was taken from the folder
+            references = [_Dense(tokens) for tokens in done.forced]
+        rows.append(done.row)
+        traces[setup.label] = done.trace
     about = {
         "model": lm.name,
         "workload": workload.name,
@@ -94,6 +121,36 @@ def compare(lm: LM, workload: Workload, setups: Iterable[Given], *, on_progress:
         "environment": environment(),
     }
     return Comparison(about, tuple(rows), traces)
+
+
+def _forced(references: list[_Dense]) -> list[Forced]:
+    return [dense.tokens for dense in references]
+
+
+def _cell(
+    lm: LM,
+    workload: Workload,
+    setup: Setup,
+    episodes: list[Episode],
+    references: list[_Dense],
+    on_progress: Progress | None,
+) -> Cell:
+    """One setup on every episode. The dense run fills in `references`; what of them a killed run left is computed anew."""
+    samples = []
+    for episode, dense in zip(episodes, references, strict=True):
+        if dense.tokens and not dense.logits:
+            dense.logits = _dense_logits(lm, episode, dense.tokens)
+        samples.append(_run(lm, workload, setup, episode, dense))
+        if on_progress is not None:
+            on_progress(setup.label, len(samples), len(episodes))
+    return Cell(_row(setup, episodes, samples), samples[0].trace, _forced(references))
+
+
+def _dense_logits(lm: LM, episode: Episode, tokens: Forced) -> list[torch.Tensor]:
+    """The dense run's logits along known tokens."""
+    session = Session(lm)
+    session.prefill(episode.context)
+    return [_lead(session, turn.prompt, led) for turn, led in zip(episode.turns, tokens, strict=True)]
 
 
 def _setup(given: Given) -> Setup:
@@ -126,7 +183,7 @@ def _run(lm: LM, workload: Workload, setup: Setup, episode: Episode, dense: _Den
             generated += session.generate(len(turn.answer), stop_at_end=False).ids
     is_dense = len(dense.tokens) < len(episode.turns)
     if is_dense:
-        dense.tokens = [turn.answer for turn in episode.turns] if workload.forces_reference else generated
+        dense.tokens = tuple(turn.answer for turn in episode.turns) if workload.forces_reference else tuple(generated)
     logits = [_lead(led, turn.prompt, tokens) for turn, tokens in zip(episode.turns, dense.tokens, strict=True)]
     if is_dense:
         dense.logits = logits
@@ -182,7 +239,7 @@ def _check_fired(lm: LM, setup: Setup, trace: Trace, prompt_tokens: int) -> Fire
     return done
 
 
-def _row(setup: Setup, samples: list[_Sample]) -> Row:
+def _row(setup: Setup, episodes: list[Episode], samples: list[_Sample]) -> Row:
     decode = [sample.trace.table("steps").query("phase == 'decode'")["duration_ns"] for sample in samples]
     flops = [sample.trace.flops(by="phase").set_index("phase")["flops"] for sample in samples]
     moved = [sample.trace.bytes(by="phase").set_index("phase")["bytes"] for sample in samples]
@@ -197,9 +254,9 @@ def _row(setup: Setup, samples: list[_Sample]) -> Row:
         top1_agreement=_mean(samples, "top1"),
         ttft_s=median(ttft_ns(sample.trace) for sample in samples) / 1e9,
         tpot_s=float(pd.concat(decode).median()) / 1e9,
-        prefill_flops=round(mean(each["prefill"] for each in flops)),
-        decode_flops=round(mean(each.sum() - each["prefill"] for each in flops)),
-        decode_bytes=round(mean(each.sum() - each["prefill"] for each in moved)),
+        prefill_flops=round(mean(_before(each) for each in flops)),
+        decode_flops=round(mean(each.sum() - _before(each) for each in flops)),
+        decode_bytes=round(mean(each.sum() - _before(each) for each in moved)),
         kv_physical_bytes=round(mean(each["physical_bytes"] for each in held)),
         kv_nominal_bytes=round(mean(each["nominal_bytes"] for each in held)),
         peak_memory_bytes=None if None in peaks else max(peaks),
@@ -210,7 +267,31 @@ def _row(setup: Setup, samples: list[_Sample]) -> Row:
         steps=sum(sample.fired.due_steps for sample in samples),
         joules=None if None in joules else mean(joules),
         joules_reason=next((sample.joules_reason for sample in samples if sample.joules_reason), None),
+        turn_scores=_turn_scores(samples),
+        depth_scores=_depth_scores(episodes, samples),
     )
+
+
+def _turn_scores(samples: list[_Sample]) -> tuple[float, ...]:
+    """Mean score of the 1st, 2nd, ... turn."""
+    most = max(len(sample.scores) for sample in samples)
+    by_turn = ([sample.scores[turn] for sample in samples if turn < len(sample.scores)] for turn in range(most))
+    return tuple(mean(scores) for scores in by_turn)
+
+
+def _depth_scores(episodes: list[Episode], samples: list[_Sample]) -> tuple[tuple[int, float], ...]:
+    """Mean score at each depth an answer stands at."""
+    at: dict[int, list[float]] = {}
+    for episode, sample in zip(episodes, samples, strict=True):
+        for turn, score in zip(episode.turns, sample.scores, strict=True):
+            if turn.depth is not None:
+                at.setdefault(turn.depth, []).append(score)
+    return tuple((depth, mean(at[depth])) for depth in sorted(at))
+
+
+def _before(by_phase: pd.Series) -> int:
+    """What was spent before the first token."""
+    return by_phase.reindex(BEFORE_FIRST_TOKEN, fill_value=0).sum()
 
 
 def _mean(samples: list[_Sample], values: str) -> float:

@@ -12,6 +12,7 @@ from workbench.errors import UserError
 from workbench.models.fingerprint import fingerprint
 from workbench.models.load import LM
 from workbench.probes.attention import AttentionProbe
+from workbench.probes.memory import free_bytes
 from workbench.probes.queries import QueryProbe
 from workbench.trace.anatomy import Anatomy
 from workbench.trace.recording import Recording
@@ -40,7 +41,7 @@ def record(
         memory_limit_bytes: most bytes the tensors may take; checked before anything runs.
 
     Raises:
-        UserError: for a layer that is not there or slides, several prompts, or a recording over the limit.
+        UserError: for a layer that is not there or slides, several prompts, or a recording over the limit or over what is free.
     """
     if new_tokens < 1:
         raise UserError(f"Cannot record {new_tokens} new tokens; a replay needs 1 or more.")
@@ -56,6 +57,12 @@ def record(
         raise UserError(
             f"Recording {len(chosen)} layers over {total} tokens takes {size:,} bytes and the limit is {memory_limit_bytes:,}; "
             "choose fewer layers or tokens, or raise memory_limit_bytes."
+        )
+    free = free_bytes(lm.device)
+    if free is not None and size > free:
+        raise UserError(
+            f"Recording {len(chosen)} layers over {total} tokens takes {size:,} bytes and {free:,} are free; "
+            "choose fewer layers or tokens."
         )
     session = Session(lm)
     taken = QueryProbe(chosen, total)

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 
 from workbench.engine.cache import acting_layers, within
 from workbench.engine.calibration import ready_for
-from workbench.engine.policy import MASS, QUERIES, ROTATION, CachePolicy, LayerState, kept_beside
+from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
 from workbench.experiments.replay_layers import gone_by_layer, has_state
 from workbench.methods.base import Budget, Method, parse_method
 from workbench.methods.cache.base import CacheMethod
+from workbench.probes.memory import free_bytes
 from workbench.trace.recording import LayerTensors, Recording
 from workbench.trace.replay import Point, Replay
 from workbench_kernels.attention_rows import attention_rows
@@ -45,12 +46,14 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
         budgets: fractions of the prompt, or tokens a kv head.
 
     Raises:
-        UserError: for a method without a budget, and for no method or budget at all.
+        UserError: for a method without a budget or one that needs what no recording holds, no method or budget at all, and
+            more memory than is free.
     """
     wanted = list({repr(budget): budget for budget in budgets}.values())  # 1 token is not 1.0 of the prompt
-    families = [_at_budgets(recording, given, wanted) for given in methods]
+    families = [_at_budgets(given, wanted, recording) for given in methods]
     if not wanted or not families:
         raise UserError("There is nothing to replay: give at least one method and one budget.")
+    _check_room(recording, len(wanted))
     with torch.no_grad():
         stateful = [policy for family in families for policy in family if has_state(policy)]
         states = {policy.label: gone_by_layer(recording, policy) for policy in stateful}
@@ -72,10 +75,28 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     return Replay(about, tuple(points))
 
 
+def _check_room(recording: Recording, num_budgets: int) -> None:
+    """Raises UserError if what a replay holds at once is not free: rows thrice, and K and V of each budget, a thread."""
+    largest = 0
+    for layer in recording.layers:
+        rows = 4 * layer.queries.shape[0] * recording.steps * recording.tokens
+        largest = max(largest, 3 * rows + 2 * num_budgets * (layer.keys.nbytes + layer.values.nbytes))
+    device = recording.layers[0].keys.device
+    wanted, free = largest * _workers(recording.layers), free_bytes(device)
+    if free is not None and wanted > free:
+        raise UserError(
+            f"A replay of {recording!r} at {num_budgets} budgets takes about {wanted:,} bytes and {free:,} are free; "
+            "record fewer new tokens, or replay fewer budgets at once."
+        )
+
+
+def _workers(layers: Sequence[LayerTensors]) -> int:
+    return min(torch.get_num_threads(), len(layers)) if layers[0].keys.device.type == "cpu" else 1
+
+
 def _side_by_side(work: Callable[[LayerTensors], list[_Replayed]], layers: Sequence[LayerTensors]) -> list[list[_Replayed]]:
     """Does the work on every layer: on a CPU one layer a thread, since the operations are too small to be divided."""
-    threads = torch.get_num_threads()
-    workers = min(threads, len(layers)) if layers[0].keys.device.type == "cpu" else 1
+    threads, workers = torch.get_num_threads(), _workers(layers)
 
     def apart(layer: LayerTensors) -> list[_Replayed]:
         with torch.no_grad():
@@ -101,16 +122,40 @@ def _scene(recording: Recording, layer: LayerTensors) -> _Scene:
     return scene
 
 
-def _at_budgets(recording: Recording, given: Method | str, budgets: list[Budget]) -> list[CacheMethod]:
+def _at_budgets(given: Method | str, budgets: list[Budget], recording: Recording) -> list[CacheMethod]:
     """A method at each budget."""
     method = parse_method(given) if isinstance(given, str) else given
     if not isinstance(method, CacheMethod):
         raise UserError(f"{given!r} has no budget to replay; give methods that evict, such as 'h2o' or wb.SnapKV(window=16).")
     if ROTATION in method.needs:
         raise UserError(f"{method.name!r} needs to know how the model rotates keys, which no recording holds; run it live.")
+    if THINNING in method.needs:
+        raise UserError(
+            f"{method.name!r} changes what later layers compute, so a dense recording cannot serve it; run it live."
+        )
+    if FORESIGHT in method.needs:
+        _check_foresight(method, recording)
     meta = recording.trace.meta
     method = ready_for(method, meta.get("fingerprint"), meta.get("model", recording.trace.anatomy.class_name))
     return [method.with_budget(budget) for budget in budgets]
+
+
+def _check_foresight(method: CacheMethod, recording: Recording) -> None:
+    """A recording holds the model's own continuation, as far as it was recorded, and no other rehearsal."""
+    rehearsal = method.rehearsal([recording.trace.table("tokens")["id"].tolist()[: recording.prompt_tokens]])
+    if rehearsal.tokens is not None or rehearsal.shift or rehearsal.trained:
+        raise UserError(f"{method.label!r} rehearses tokens of its own, which no recording holds; run it live.")
+    if rehearsal.count > recording.steps:
+        raise UserError(
+            f"{method.label!r} looks {rehearsal.count} tokens ahead and the recording has {recording.steps}; record with "
+            f"new_tokens={rehearsal.count}, or let it look less far."
+        )
+
+
+def _foresight(scene: _Scene, policy: CachePolicy) -> torch.Tensor:
+    """`[1, Hq, P]` attention of the recorded continuation over the prompt, as far as the method looks ahead."""
+    count = policy.rehearsal([[0]]).count
+    return scene.rows[:, :, :count, : scene.prompt].sum(2).flatten(0, 1)[None]
 
 
 def _name(policy: Method) -> str:
@@ -307,6 +352,7 @@ def _decide(
         phase="prefill" if step == 0 else "decode",
         queries=asked,
         mass=store.side.get(MASS),
+        foresight=_foresight(scene, policy) if FORESIGHT in policy.needs else None,
     )
     occupied = state.occupied
     keep = policy.keep(state) & occupied

@@ -56,9 +56,9 @@ def _feed(layer: EngineLayer, tensors: LayerTensors, start: int, stop: int) -> N
     query = tensors.queries[None, :, start:stop]
     # The store evicts in place, so what it is given are copies.
     layer.update(tensors.keys[None, :, start:stop].clone(), tensors.values[None, :, start:stop].clone())
+    if layer.call.phase != "prefill":
+        layer.finish(query, tensors.scaling, softcap=tensors.softcap, sinks=tensors.sinks)
+        return
     if layer.observing and MASS in layer.policy.needs:
-        if layer.call.phase == "prefill":
-            layer.store.side[MASS].add_(tensors.prompt_mass)
-        else:
-            layer.add_mass(query, tensors.scaling, softcap=tensors.softcap, sinks=tensors.sinks, occupied=layer.store.occupied)
+        layer.store.side[MASS].add_(tensors.prompt_mass)
     layer.rule(query, tensors.scaling)

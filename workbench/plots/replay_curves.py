@@ -30,7 +30,6 @@ def replay_curves(replay: Replay, check: Check | None = None, y: str = "mass_ret
     table = replay.curves()
     prompt = replay.about["prompt_tokens"]
     table["setup"] = [point.setup for point in replay.points]
-    # A column of numbers would make 1 token of the whole prompt, 1.0.
     table["share"] = [each.budget / prompt if isinstance(each.budget, int) else each.budget for each in replay.points]
     colours = method_colours(list(table["method"]))
     figure = go.Figure()

@@ -1,10 +1,17 @@
-"""One look for all figures: colour-blind-safe colours (Okabe and Ito 2008), the same colour for the same method."""
+"""One look for all figures: the same colour for the same method.
+
+Colours are safe for the colour-blind: those of Okabe and Ito (2008), then of Paul Tol's muted scheme
+(sronpersonalpages.nl/~pault).
+"""
 
 from __future__ import annotations
 
 import plotly.graph_objects as go
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+PALETTE = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"),
+    *("#332288", "#117733", "#999933", "#882255", "#CC6677", "#44AA99", "#DDCC77", "#88CCEE"),
+)
 DENSE_COLOUR = "#555555"
 KEPT_SCALE = [[0.0, "#F4F4F4"], [1.0, "#0072B2"]]
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon")

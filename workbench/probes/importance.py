@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from workbench.errors import UserError
 from workbench.trace.store import TraceWriter
-from workbench_kernels.attention_rows import attention_rows
 from workbench_kernels.column_mass import column_mass
 
 MODES = ("off", "decode", "window", "full")
@@ -38,9 +37,6 @@ def attention_mass(
     the attention row itself. Nothing of size Q x N is held. `asking` `[B, Q]` is False for queries that are padding.
     """
     num_queries = query.shape[2]
-    if num_queries == 1:
-        row = attention_rows(query, key, scaling, **options).view(*query.shape[:2], -1)
-        return row if asking is None else row * asking[:, None], 1
     window = num_queries if mode == "full" else min(WINDOW, num_queries)
     start = num_queries - window
     asking = None if asking is None else asking[:, start:]

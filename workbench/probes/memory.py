@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of code: the CUDA allocator's, or this process's own on Linux."""
+"""Memory: the peak of a stretch of code (the CUDA allocator's, or this process's own on Linux), and what is free."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
+_GROUP = Path("/sys/fs/cgroup")
 _RESET_PEAK = "5"
 
 
@@ -41,3 +43,22 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     for line in _STATUS.read_text().splitlines():
         if line.startswith("VmHWM:"):
             peak.peak_bytes = int(line.split()[1]) * 1024
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory a new tensor may take: free on the GPU, or available to this process, a container's limit included.
+
+    None where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        limit, used = ((_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return available if limit == "max" else min(available, max(0, int(limit) - int(used)))
+    except OSError:
+        return available

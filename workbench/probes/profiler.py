@@ -395,7 +395,7 @@ class Profile:
     def _write(self, step: Step) -> None:
         add = self._writer.add
         tokens = step.batch * step.q_len
-        self._regimes.add(regime(step.phase, step.batch, step.padding is not None))
+        self._regimes.add(regime(step.phase, step.batch, step.batch * step.q_len, step.padding is not None))
         timing = (step.start_ns, step.duration_ns, elapsed_ns(step.begun, step.ended))
         counts = (step.batch, tokens, step.context, step.logits, step.padding is not None)
         add("steps", step.number, step.phase, *counts, *timing, "dense")

@@ -60,8 +60,11 @@ def draw_facts(rng: random.Random, num_facts: int) -> list[Fact]:
     return [Fact(key, tuple(value)) for key, *value in groups]
 
 
-def weave(rng: random.Random, words: list[str], facts: list[Fact]) -> str:
-    """Puts the facts between the words at random depths, one fact in each equal stretch."""
+def weave(rng: random.Random, words: list[str], facts: list[Fact], depth: float | None = None) -> str:
+    """Puts the facts between the words: at random places, one fact in each equal stretch, or all at one share of the words."""
+    if depth is not None:
+        cut = round(depth * len(words))
+        return " ".join(words[:cut]) + "".join(fact.statement for fact in facts) + " ".join(words[cut:])
     stretch = len(words) / len(facts)
     pieces = []
     start = 0

@@ -38,6 +38,7 @@ class Row:
     ttft_s: float
     tpot_s: float
     prefill_flops: int
+    """Of everything before the first token: the prompt, and what a method rehearses after it."""
     decode_flops: int
     """Of everything after the prefill: appended questions and decoded tokens."""
     decode_bytes: int
@@ -52,6 +53,17 @@ class Row:
     steps: int
     joules: float | None
     joules_reason: str | None
+    turn_scores: tuple[float, ...]
+    """Mean score of the 1st, 2nd, ... turn after the one compression."""
+    depth_scores: tuple[tuple[int, float], ...]
+    """Mean score of the turns whose answer stands at a depth (percent of the context), by depth."""
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Row:
+        """A row from what `asdict` and JSON made of it. Raises KeyError or TypeError for something else."""
+        values = {column.name: data[column.name] for column in fields(cls)}
+        depths = tuple((int(depth), float(score)) for depth, score in values["depth_scores"])
+        return cls(**{**values, "turn_scores": tuple(values["turn_scores"]), "depth_scores": depths})
 
     @property
     def fired(self) -> str:
@@ -73,13 +85,26 @@ class Comparison:
     @property
     def table(self) -> pd.DataFrame:
         """One row a setup."""
-        return pd.DataFrame([{**asdict(row), "fired": row.fired} for row in self.rows])
+        several = ("turn_scores", "depth_scores")
+        return pd.DataFrame([{**asdict(row), "fired": row.fired} for row in self.rows]).drop(columns=list(several))
+
+    @property
+    def turns(self) -> pd.DataFrame:
+        """Scores of the 1st, 2nd, ... turn after the one compression: one row a setup, one column a turn."""
+        scores = [dict(enumerate(row.turn_scores, 1)) for row in self.rows]
+        return pd.DataFrame(scores, index=pd.Index([row.setup for row in self.rows], name="setup"))
+
+    @property
+    def depths(self) -> pd.DataFrame:
+        """Scores by where the answer stands, in percent of the context: one row a setup, one column a depth; may be empty."""
+        scores = [dict(row.depth_scores) for row in self.rows]
+        return pd.DataFrame(scores, index=pd.Index([row.setup for row in self.rows], name="setup"))
 
     @property
     def settings(self) -> str:
-        """The workload's settings in words, those that are switched off left out."""
-        given = self.about["settings"].items()
-        return ", ".join(name if value is True else f"{name} {value}" for name, value in given if value is not False)
+        """The workload's settings in words, those that are switched off or not given left out."""
+        given = [(name, value) for name, value in self.about["settings"].items() if value is not False and value is not None]
+        return ", ".join(name if value is True else f"{name} {value}" for name, value in given)
 
     def pareto(self, x: str = "kv_physical_bytes", y: str = "score") -> go.Figure:
         """Quality against cost, one point a setup."""
@@ -115,8 +140,7 @@ class Comparison:
         directory = Path(path)
         try:
             data = json.loads((directory / _FILE).read_text())
-            known = {column.name for column in fields(Row)}
-            rows = tuple(Row(**{name: row[name] for name in known}) for row in data["rows"])
+            rows = tuple(map(Row.from_dict, data["rows"]))
             names = data["traces"]
         except FileNotFoundError:
             raise UserError(f"{directory} holds no comparison; give the folder that `workbench compare --out` made.") from None

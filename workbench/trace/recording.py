@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from workbench.errors import UserError
 from workbench.trace.trace import Trace
 
 _FILE = "recording.safetensors"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Recording:
         }
         temporary = directory / f"{_FILE}.tmp"
         try:
-            save_file(tensors, temporary, metadata={"recording": json.dumps(about)})
+            header = json.dumps(about)
+            save_file(tensors, temporary, metadata={"recording": header, "crc32": _checksum(header, self.trace, tensors)})
             os.replace(temporary, directory / _FILE)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
@@ -103,10 +105,13 @@ class Recording:
             )
         try:
             with safe_open(file, framework="pt") as opened:
-                about = json.loads((opened.metadata() or {})["recording"])
+                header = opened.metadata() or {}
+                about = json.loads(header["recording"])
                 version = about["format"]
                 tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
             if version == _FORMAT:
+                if _checksum(header["recording"], trace, tensors) != header["crc32"]:
+                    raise ValueError("what was read is not what was written")
                 layers = tuple(_layer(entry, tensors) for entry in about["layers"])
                 return _fitting(cls(trace, layers, about["prompt_tokens"]))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError):
@@ -116,6 +121,14 @@ class Recording:
     def __repr__(self) -> str:
         shape = f"{self.prompt_tokens} + {self.steps} tokens, {len(self.layers)} layers, {self.nbytes / 2**20:.1f} MiB"
         return f"Recording({self.trace.anatomy.class_name}, {shape})"
+
+
+def _checksum(header: str, trace: Trace, tensors: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of what a replay reads: the header, the recorded token ids and the tensors, in the order of their names."""
+    crc = zlib.crc32(trace.table("tokens")["id"].to_numpy().tobytes(), zlib.crc32(header.encode()))
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
 def _layer(entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LayerTensors:

@@ -55,7 +55,7 @@ class Replay:
 
     def curves(self) -> pd.DataFrame:
         """One row a method and budget, means over layers, heads and steps; `bytes` are those of the last step, summed."""
-        return pd.DataFrame(
+        table = pd.DataFrame(
             [
                 {
                     "method": point.method,
@@ -68,6 +68,8 @@ class Replay:
                 for point in self.points
             ]
         )
+        # A column of numbers would make 1 token of the whole prompt, 1.0.
+        return table.assign(budget=pd.Series([point.budget for point in self.points], dtype=object))
 
     def table(self, method: str, budget: float) -> pd.DataFrame:
         """One row a layer, query head and step; `kept` tokens, `bytes` and `oracle_mass` are of the kv head it reads."""

@@ -121,7 +121,10 @@ TABLES: dict[str, pa.Schema] = {
     ),
 }
 
-PHASES = ("prefill", "append", "decode")
+REHEARSAL = "rehearsal"
+"""Tokens run after a prompt so that a method may see what they look at, and taken out of the cache again."""
+
+PHASES = ("prefill", REHEARSAL, "append", "decode")
 
 ENERGY_PERIOD_S = 0.1
 """NVML's energy counter moves about every 100 ms.

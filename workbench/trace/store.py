@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from workbench.errors import UserError
@@ -34,6 +36,8 @@ class TraceWriter:
         self.rows: dict[str, list[tuple]] = {name: [] for name in TABLES}
         self.directory = directory
         self._parts = 0
+        self._columns: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
+        """Rows that came as columns, and those before them, until they are written."""
         self._written: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
         if directory is not None:
             prepare_directory(directory)
@@ -47,12 +51,21 @@ class TraceWriter:
         """Appends several rows."""
         self.rows[table].extend(rows)
 
+    def add_columns(self, table: str, *columns: np.ndarray | int) -> None:
+        """Appends many rows at once, column by column in the order of the table's schema; a number holds for all rows."""
+        length = next(len(column) for column in columns if isinstance(column, np.ndarray))
+        whole = [column if isinstance(column, np.ndarray) else np.full(length, column) for column in columns]
+        arrays = [pa.array(column, field.type) for column, field in zip(whole, TABLES[table], strict=True)]
+        self._columns[table] = [*self._waiting(table), pa.table(arrays, schema=TABLES[table])]
+        self.rows[table].clear()
+
     def leave_out(self, step: int, phase: str, batch: int, tokens: int) -> None:
         """Takes back the rows of a forward call that did not finish, none of them written yet, and says so in the meta."""
         for name, rows in self.rows.items():
             if "step" in TABLES[name].names:
                 at = TABLES[name].get_field_index("step")
                 rows[:] = [row for row in rows if row[at] != step]
+                self._columns[name] = [part.filter(pc.not_equal(part["step"], step)) for part in self._columns[name]]
         self.meta.setdefault("unfinished_steps", []).append({"step": step, "phase": phase, "batch": batch, "tokens": tokens})
 
     def update_meta(self, **meta: Any) -> None:
@@ -64,15 +77,21 @@ class TraceWriter:
     def flush(self, everything: bool = False) -> None:
         """Writes the tables that have grown large, or all of them."""
         for name, rows in self.rows.items():
-            if not rows or (len(rows) < ROWS_A_PART and not everything):
+            waiting = len(rows) + sum(part.num_rows for part in self._columns[name])
+            if not waiting or (waiting < ROWS_A_PART and not everything):
                 continue
-            table = to_arrow(name, rows)
+            table = pa.concat_tables(self._waiting(name))
             if self.directory is None:
                 self._written[name].append(table)
             else:
                 write_part(self.directory, name, self._parts, table)
                 self._parts += 1
             rows.clear()
+            self._columns[name].clear()
+
+    def _waiting(self, name: str) -> list[pa.Table]:
+        """Rows of a table that were not written yet."""
+        return [*self._columns[name], *([to_arrow(name, self.rows[name])] if self.rows[name] else [])]
 
     def close(self, **meta: Any) -> None:
         """Writes what is left and marks the trace complete, or not where `meta` says so."""
@@ -84,7 +103,9 @@ class TraceWriter:
         self.flush(everything=self.directory is not None)
         if self.directory is not None:
             return {name: read_table(self.directory, name) for name in TABLES}
-        return {name: pa.concat_tables([*self._written[name], to_arrow(name, rows)]) for name, rows in self.rows.items()}
+        return {
+            name: pa.concat_tables([TABLES[name].empty_table(), *self._written[name], *self._waiting(name)]) for name in TABLES
+        }
 
 
 def to_arrow(name: str, rows: list[tuple]) -> pa.Table:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from workbench.errors import UserError
 from workbench.models.load import LM
@@ -18,6 +19,8 @@ class Turn:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    depth: int | None = None
+    """Where in the context the answer stands, in percent, if it stands somewhere."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,8 @@ class Workload:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("context", 16), ("samples", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"Workload {self.name!r} cannot have {name}={value!r}; give a whole number from {least}.")
+        check_whole(self, "context", 16)
+        check_whole(self, "samples", 1)
 
     @classmethod
     def summary(cls) -> str:
@@ -77,6 +78,38 @@ class Workload:
                 f"A context of {self.context} tokens and {new_tokens} more do not fit {lm.name}, whose context is {limit}; "
                 f"ask for at most {limit - new_tokens}."
             )
+
+
+def check_whole(workload: Workload, name: str, least: int) -> None:
+    """Raises UserError unless a setting is a whole number of at least `least`."""
+    value = getattr(workload, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"Workload {workload.name!r} cannot have {name}={value!r}; give a whole number from {least}.")
+
+
+def parse_workload(text: str, **settings: Any) -> Workload:
+    """Reads `name:setting=value,setting=value`; further settings may be given. Raises UserError for what there is not."""
+    name, _, listed = text.strip().partition(":")
+    cls = WORKLOADS[name]
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for item in filter(None, listed.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or not value:
+            raise UserError(f"Setting {key!r} of workload {name!r} needs a value, as in {key}=1.")
+        settings[key] = _value(value)
+    for key in settings:
+        if key not in known:
+            raise UserError(f"Workload {name!r} has no setting {key!r}; its settings are {', '.join(known)}.")
+    return cls(**settings)
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def register(cls: type[Workload]) -> type[Workload]:

@@ -6,22 +6,30 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from workbench.errors import UserError
 from workbench.models.load import LM
 from workbench.texts import prose, recall
-from workbench.workloads.base import Answer, Episode, Turn, Workload, encode, register
+from workbench.workloads.base import Episode, Turn, encode, register
+from workbench.workloads.questions import Questions, check_share
 
 
 @register
 @dataclass(frozen=True)
-class Recall(Workload):
-    """Facts hidden in prose; each is asked for once the context is compressed. Score: share of answers fully right."""
+class Recall(Questions):
+    """Facts hidden in prose; each is asked for once the context is compressed. Score: share of answers fully right.
+
+    Several facts are several questions about one context, compressed once: `facts=5` asks five.
+    """
 
     name: ClassVar[str] = "recall"
 
     facts: int = 4
-    query_aware: bool = False
-    """Whether the method sees the question when it compresses: the question then stands in the prompt."""
+    depth: float | None = None
+    """Where the facts stand, all together, as a share of the prose; None spreads them over equal stretches of it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth is not None:
+            check_share(self, "depth")
 
     def episodes(self, lm: LM) -> list[Episode]:
         """`samples` contexts of at most `context` tokens; one turn a fact, or one episode a fact if query-aware."""
@@ -32,33 +40,22 @@ class Recall(Workload):
             facts = recall.draw_facts(rng, self.facts)
             context = self._context(lm, facts, rng.getrandbits(32))
             asked = rng.sample(facts, len(facts))
-            turns = [Turn(encode(lm, fact.question), encode(lm, fact.answer)) for fact in asked]
-            if self.query_aware:
-                episodes += [Episode(context + turn.prompt, (Turn((), turn.answer),)) for turn in turns]
-            else:
-                episodes.append(Episode(context, tuple(turns)))
+            depths = {fact.key: self._depth(number) for number, fact in enumerate(facts)}
+            turns = [Turn(encode(lm, fact.question), encode(lm, fact.answer), depths[fact.key]) for fact in asked]
+            episodes += self.asked(context, turns)
         return episodes
 
-    def score(self, lm: LM, answer: Answer) -> float:
-        """1 if the generated text starts with the whole answer, else 0."""
-        decode = lm.tokenizer.decode
-        return float(decode(answer.generated).strip().startswith(decode(answer.turn.answer).strip()))
+    def _depth(self, number: int) -> int:
+        """Percent of the context before a fact: the middle of its stretch, as it may stand anywhere in that."""
+        share = (number + 0.5) / self.facts if self.depth is None else self.depth
+        return round(100 * share)
 
     def _context(self, lm: LM, facts: list[recall.Fact], seed: int) -> tuple[int, ...]:
         """The longest context of at most `context` tokens: as many words of prose as fit around the facts."""
         words = prose.words(seed)
 
         def woven(num_words: int) -> tuple[int, ...]:
-            text = recall.weave(random.Random(seed), words[:num_words], facts)
+            text = recall.weave(random.Random(seed), words[:num_words], facts, self.depth)
             return encode(lm, text, special_tokens=True)
 
-        fewest, most = 0, self.context
-        if len(woven(fewest)) > self.context:
-            raise UserError(
-                f"{self.facts} facts need {len(woven(0))} tokens, more than the context of {self.context}; "
-                "ask for fewer facts or a longer context."
-            )
-        while fewest < most:
-            middle = (fewest + most + 1) // 2
-            fewest, most = (middle, most) if len(woven(middle)) <= self.context else (fewest, middle - 1)
-        return woven(fewest)
+        return self.longest(woven, f"{self.facts} facts need")

@@ -8,7 +8,7 @@ and V and moves with them, by the same lines.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -27,6 +27,8 @@ class RectangularStore:
         self._buffers: dict[str, torch.Tensor] = {}
         self.length = 0
         self.has_empty_slots = False
+        self.is_part = False
+        """Whether the buffers lie in memory that other layers share."""
         self.nbytes = 0
         """Bytes allocated, slots held in reserve and side state included."""
 
@@ -164,10 +166,15 @@ class RectangularStore:
             self.length = num_slots
             self._weigh()
 
+    def crop(self, length: int) -> None:
+        """Takes back what was appended beyond `length` slots. Nothing moves; the room stays for tokens to come."""
+        self.length = length
+
     def clone(self) -> RectangularStore:
         """An independent copy."""
         other = copy.copy(self)
         other._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        other.is_part = False
         return other
 
     def _fill_hole(self, mask: torch.Tensor) -> int:
@@ -194,6 +201,7 @@ class RectangularStore:
             kept[:, :, :length] = buffer[:, :, : self.length].gather(2, index)
             self._buffers[name] = kept
             moved += 2 * kept[:, :, :length].nbytes
+        self.is_part = False
         self._weigh()
         empty = torch.arange(length, device=mask.device) < (length - counts).unsqueeze(-1)
         self._buffers["positions"][:, :, :length].masked_fill_(empty, -1)
@@ -207,10 +215,46 @@ class RectangularStore:
             grown = buffer.new_empty(*buffer.shape[:2], room, *buffer.shape[3:])
             grown[:, :, : self.length] = buffer[:, :, : self.length]
             self._buffers[name] = grown
+        self.is_part = False
         self._weigh()
 
     def _weigh(self) -> None:
-        self.nbytes = sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
+        buffers = self._buffers.values()
+        self.nbytes = sum(buffer.nbytes if self.is_part else buffer.untyped_storage().nbytes() for buffer in buffers)
+
+
+def stacked(stores: Sequence[RectangularStore]) -> RectangularStore:
+    """One store whose rows are those of all, which have as many slots each: first the rows of the first, and so on.
+
+    `spread` gives the stores their rows back. Where they lie end to end from the last time, nothing is copied.
+    """
+    first = stores[0]
+    whole = copy.copy(first)
+    whole._buffers = {name: _end_to_end([store._buffers[name] for store in stores]) for name in first._buffers}
+    whole.has_empty_slots = any(store.has_empty_slots for store in stores)
+    return whole
+
+
+def spread(whole: RectangularStore, stores: Sequence[RectangularStore]) -> None:
+    """Makes each store the rows of `whole` that are its own, without copying them."""
+    for store, parts in zip(
+        stores, zip(*(each.chunk(len(stores)) for each in whole._buffers.values()), strict=True), strict=True
+    ):
+        store._buffers = dict(zip(whole._buffers, parts, strict=True))
+        store.length, store.has_empty_slots, store.is_part = whole.length, whole.has_empty_slots, True
+        store._weigh()
+
+
+def _end_to_end(buffers: list[torch.Tensor]) -> torch.Tensor:
+    first = buffers[0]
+    start, size, memory = first.storage_offset(), first.numel(), first.untyped_storage().data_ptr()
+    follows = (
+        each.untyped_storage().data_ptr() == memory and each.storage_offset() == start + number * size and each.is_contiguous()
+        for number, each in enumerate(buffers)
+    )
+    if not all(follows):
+        return torch.cat(buffers)
+    return first.as_strided((len(buffers) * first.shape[0], *first.shape[1:]), first.stride(), start)
 
 
 def filled(like: torch.Tensor, side: Side) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 import torch.nn.functional as F
 
-from workbench.engine.policy import LayerState, Side
+from workbench.engine.policy import LayerState, Rehearsal, Side
 from workbench.methods.base import Budget, Method, resolve_budget
 from workbench_kernels.attention_rows import attention_rows
 
@@ -28,6 +28,7 @@ class CacheMethod(Method):
     slot: ClassVar[str] = "cache"
     needs: ClassVar[frozenset[str]] = frozenset()
     acts: ClassVar[frozenset[str]] = PREFILL_ONLY
+    rowwise: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
     """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
     side: ClassVar[Mapping[str, Side]] = {}
@@ -62,6 +63,10 @@ class CacheMethod(Method):
         """The same for each of the layers the method acts on, first to last: here as much for each."""
         return [self.capacity(prompt_tokens)] * num_layers
 
+    def rehearsal(self, rows: Sequence[Sequence[int]]) -> Rehearsal:
+        """What to rehearse after a text, given as the tokens of each row. Only methods that need foresight define it."""
+        raise TypeError(f"{type(self).__name__} must say what it rehearses: define rehearsal(rows).")
+
     def share(
         self, reports: Sequence[torch.Tensor], held: Sequence[Sequence[int]], prompt_tokens: Sequence[int], num_layers: int
     ) -> list[list[int]]:
@@ -83,6 +88,14 @@ class CacheMethod(Method):
     def keep(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head (if ragged, on average)."""
         raise TypeError(f"{type(self).__name__} must say what it keeps: define keep(state).")
+
+    def thins_after(self, num_layers: int) -> int | None:
+        """The layer whose tokens do not all go on to later layers; None: they all do."""
+        return None
+
+    def keep_and_pass(self, state: LayerState) -> tuple[torch.Tensor, torch.Tensor]:
+        """In that layer: what `keep` returns, and `[B, N]` bool: the tokens that go on. Only methods that thin define it."""
+        raise TypeError(f"{type(self).__name__} must say which tokens go on: define keep_and_pass(state).")
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
         """FLOPs (of matrix products) and bytes one decision adds."""
@@ -127,15 +140,16 @@ def observing_cost(state: LayerState, num_queries: int) -> tuple[int, int]:
 def window_scores(state: LayerState, windows: torch.Tensor, pooling: str, kernel: int) -> torch.Tensor:
     """SnapKV's scores `[B, H, N]`: attention summed over the last `windows[b]` queries, pooled, then averaged over a group.
 
-    The window's own tokens score infinity: they always stay.
+    The window's own tokens always stay: they score infinity, and lend nothing to their neighbours before the window.
     """
     widest = int(windows.max())
     attention = observe_window(state, widest)
     voting = attention.shape[2]  # of a decode step that decides after a swap there is one query
     votes = torch.arange(voting, device=windows.device) >= voting - windows.view(-1, 1)
-    scores = (attention * votes[:, None, :, None]).sum(2)
-    scores = reduce_heads(pool_scores(scores, pooling, kernel), state.keys.shape[1])
-    return scores.masked_fill(recent(state, windows), torch.inf)
+    scores = (attention * votes[:, None, :, None]).sum(2).unflatten(1, (state.keys.shape[1], -1))
+    is_window = recent(state, windows)
+    pooled = pool_scores(scores.masked_fill(is_window.unsqueeze(2), 0), pooling, kernel)
+    return pooled.mean(2).masked_fill(is_window, torch.inf)
 
 
 def reduce_heads(scores: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
@@ -147,3 +161,24 @@ def pool_scores(scores: torch.Tensor, kind: str, size: int) -> torch.Tensor:
     """Pools along the last axis with stride 1, so that a high score lifts its neighbours. Average counts zero padding."""
     pool = F.max_pool1d if kind == "max" else F.avg_pool1d
     return pool(scores.flatten(0, -2), size, stride=1, padding=size // 2).view_as(scores)
+
+
+def pseudo_tokens(rows: Sequence[Sequence[int]], count: int, prefix: int) -> tuple[tuple[int, ...], ...]:
+    """`count` tokens a row that resemble its text: the first `prefix` and the last others, repeated where it is short."""
+    first = min(prefix, count)
+    last = count - first
+    chosen = []
+    for row in rows:
+        repeated = [*row] * -(-count // len(row))
+        chosen.append((*repeated[:first], *repeated[len(repeated) - last :]))
+    return tuple(chosen)
+
+
+def foreseen_scores(state: LayerState, pooling: str, kernel: int, keep_recent: int) -> torch.Tensor:
+    """Scores `[B, H, N]`: attention from the rehearsed tokens, pooled unless `off`, averaged over a group.
+
+    The last `keep_recent` tokens score infinity, as far as the budget reaches.
+    """
+    scores = state.foresight if pooling == "off" else pool_scores(state.foresight, pooling, kernel)
+    is_recent = recent(state, state.capacity.clamp(max=keep_recent))
+    return reduce_heads(scores, state.keys.shape[1]).masked_fill(is_recent, torch.inf)

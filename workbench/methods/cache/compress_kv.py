@@ -78,8 +78,11 @@ class CompressKV(CacheMethod):
 
     def _chosen(self, state: LayerState, heads: torch.Tensor) -> torch.Tensor:
         windows = self._windows(state)
-        scores = pool_scores(head_votes(state, heads, windows), "avg", self.kernel).mean(1, keepdim=True)
-        scores = scores.expand(state.positions.shape).masked_fill(recent(state, windows), torch.inf)
+        in_window = recent(state, windows)
+        votes = head_votes(state, heads, windows)
+        group = state.queries.shape[1] // state.keys.shape[1]
+        pooled = pool_scores(votes.masked_fill(in_window[:, heads // group], 0), "avg", self.kernel)
+        scores = pooled.mean(1, keepdim=True).expand(state.positions.shape).masked_fill(in_window, torch.inf)
         return keep_top(scores, state.capacity, state.occupied)
 
     def _windows(self, state: LayerState) -> torch.Tensor:

@@ -19,6 +19,7 @@ class Dense(Method):
     needs: ClassVar[frozenset[str]] = frozenset()
     acts: ClassVar[frozenset[str]] = frozenset()
     ragged: ClassVar[bool] = False
+    rowwise: ClassVar[bool] = False
     observes: ClassVar[frozenset[str]] = frozenset()
     side: ClassVar[dict] = {}
 

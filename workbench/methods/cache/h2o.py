@@ -21,6 +21,7 @@ class H2O(CacheMethod):
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2306.14048"
     needs: ClassVar[frozenset[str]] = frozenset({MASS})
     acts: ClassVar[frozenset[str]] = EVERY_STEP
+    rowwise: ClassVar[bool] = True
     deviations: ClassVar[tuple[str, ...]] = (
         "Attention is summed over the query heads of a group, since the paper's code knows only one query head a kv head.",
         "Scores are kept by batch row; the paper's code sums them over the batch.",

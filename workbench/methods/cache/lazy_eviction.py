@@ -27,6 +27,7 @@ class LazyEviction(CacheMethod):
     paper: ClassVar[str] = "Zhang et al. 2025, arXiv 2506.15969"
     needs: ClassVar[frozenset[str]] = frozenset({QUERIES})
     acts: ClassVar[frozenset[str]] = _AFTER_PROMPT
+    rowwise: ClassVar[bool] = True
     observes: ClassVar[frozenset[str]] = _AFTER_PROMPT
     side: ClassVar[Mapping[str, Side]] = {"last": Side(torch.int32, -1), "mri": Side(torch.int32)}
     deviations: ClassVar[tuple[str, ...]] = (

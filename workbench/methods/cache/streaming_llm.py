@@ -20,6 +20,7 @@ class StreamingLLM(CacheMethod):
     name: ClassVar[str] = "streaming-llm"
     paper: ClassVar[str] = "Xiao et al. 2023, arXiv 2309.17453"
     acts: ClassVar[frozenset[str]] = EVERY_STEP
+    rowwise: ClassVar[bool] = True
     deviations: ClassVar[tuple[str, ...]] = (
         "Keys keep the rotation of their true position; the paper caches unrotated keys and rotates by cache slot.",
         "The prompt is computed densely and cut at its end; the paper's demo evicts before each chunk.",

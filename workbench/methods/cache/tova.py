@@ -21,6 +21,7 @@ class TOVA(CacheMethod):
     paper: ClassVar[str] = "Oren et al. 2024, arXiv 2401.06104"
     needs: ClassVar[frozenset[str]] = frozenset({QUERIES})
     acts: ClassVar[frozenset[str]] = EVERY_STEP
+    rowwise: ClassVar[bool] = True
 
     budget: Budget = budget_knob(0.2)
     keep_newest: bool = knob(False, help="Whether the newest token always stays, as in kvpress; in the paper it may go too.")
