@@ -8,9 +8,17 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 import workbench as wb
-from workbench.testing import RANDOM_MODELS
+from workbench.testing import RANDOM_MODELS, calibrate_all
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other slow them down on a busy machine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory):
+    """The tests find nothing that was made outside them, and leave nothing there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORKBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +28,7 @@ def tiny() -> wb.LM:
 
 @pytest.fixture(params=RANDOM_MODELS)
 def random_lm(request, tiny) -> wb.LM:
-    return wb.load((RANDOM_MODELS[request.param](), tiny.tokenizer))
+    return calibrate_all(wb.load((RANDOM_MODELS[request.param](), tiny.tokenizer)))
 
 
 @pytest.fixture(autouse=True)

@@ -25,14 +25,14 @@ LAYERS = {
     "cost": {"errors", "folders", "trace"},
     "models": {"errors", "folders", "trace", "texts"},
     "probes": {"errors", "trace", "cost", "models", "kernels"},
-    "engine": {"errors", "trace", "models", "probes", "kernels"},
+    "engine": {"errors", "folders", "trace", "models", "probes", "kernels"},
     "methods": {"errors", "registry", "trace", "engine", "kernels"},
     "workloads": {"errors", "registry", "texts", "models", "engine"},
     "experiments": {"errors", "trace", "cost", "models", "probes", "engine", "methods", "workloads", "kernels"},
     "plots": {"errors", "trace", "cost"},
     "report": {"errors", "trace", "plots"},
     "doctor": {"errors", "folders", "models", "probes", "engine"},
-    "testing": set(),
+    "testing": {"models", "engine", "experiments"},
     "kernels": {"kernels"},
 }
 """What each room may import; every door (cli, apps, the package itself) may import all."""

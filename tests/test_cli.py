@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 import workbench as wb
 from workbench import cli
 from workbench.cost.hardware import HARDWARE
-from workbench.experiments import calibrate as calibration
+from workbench.experiments import calibrate, machine
 from workbench.testing import ids
 
 
@@ -196,9 +197,9 @@ def test_predict_of_a_trace(run, tmp_path, monkeypatch):
     assert "beside_measured" not in found
 
 
-def test_calibrate_and_stand_beside_a_measurement(run, tmp_path, monkeypatch):
+def test_measure_the_machine_and_stand_beside_a_measurement(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(calibration, "FULL", calibration.QUICK)
+    monkeypatch.setattr(machine, "FULL", machine.QUICK)
     run("profile", "--prompt-tokens", "50", "--new-tokens", "3")
     code, _, err = run("predict", "--trace", "run.trace", "--hardware", "this-machine")
     assert code == 2 and "run `workbench doctor --calibrate`" in err
@@ -215,6 +216,27 @@ def test_calibrate_and_stand_beside_a_measurement(run, tmp_path, monkeypatch):
     assert "this-machine" in run("hardware")[1]
     code, out, _ = run("doctor", "--calibrate")
     assert code == 0 and "GFLOP/s" in out
+
+
+def test_calibrate_methods(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    code, out, _ = run("calibrate", "--json")
+    known = json.loads(out)["calibrations"]
+    needing = {cls.name for cls in wb.METHODS.values() if cls.calibrated_by is not None}
+    assert code == 0 and set(known) == needing and known["compress-kv"]["texts"] == "recall"
+    assert "compress-kv" in run("calibrate", "--model", "tiny-moe")[1] and not (tmp_path / "cache").exists()
+    compare = ("compare", "--context", "96", "--samples", "1", "--method", "compress-kv:budget=40,kernel=3", "--json")
+    code, _, err = run(*compare)
+    method = "compress-kv:heads=4,window=8,kernel=3,least=32"
+    assert code == 2 and f"run `workbench calibrate --model tiny-dense --method {method}` once" in " ".join(err.split())
+    monkeypatch.setattr(calibrate, "TEXTS", 1)
+    code, out, _ = run("calibrate", "--method", method, "--json")
+    (written,) = json.loads(out)
+    assert code == 0 and written["knobs"]["kernel"] == 3 and Path(written["written"]).is_relative_to(tmp_path / "cache")
+    assert run(*compare)[0] == 0
+    assert "is calibrated for tiny-dense" in " ".join(run("calibrate", "--method", "compress-kv")[1].split())
+    assert "workbench calibrate once a model" in " ".join(run("methods")[1].split())
+    assert run("calibrate", "--method", "h2o")[0] == 2
 
 
 def test_hardware(run, tmp_path, monkeypatch):

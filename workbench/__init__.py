@@ -16,6 +16,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Calibration": "workbench.engine.calibration",
     "Check": "workbench.trace.check",
     "Comparison": "workbench.trace.comparison",
     "LM": "workbench.models.load",
@@ -30,6 +31,7 @@ _HOMES = {
     "UserError": "workbench.errors",
     "anatomy": "workbench.models.load",
     "beside_measured": "workbench.cost.beside",
+    "calibrate": "workbench.experiments.calibrate",
     "check_replay": "workbench.experiments.check",
     "compare": "workbench.experiments.compare",
     "hardware": "workbench.cost.hardware",

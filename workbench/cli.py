@@ -370,8 +370,53 @@ def methods(
         table.add_column(name)
     for entry in described:
         knobs = "\n".join(f"{knob['name']}={knob['default']} [dim]{knob['unit']}[/dim]" for knob in entry["knobs"])
-        table.add_row(entry["name"], entry["slot"], f"{entry['summary']}\n[dim]{entry['paper']}[/dim]", knobs)
+        about = f"{entry['summary']}\n[dim]{entry['paper']}[/dim]"
+        if entry["calibrated_by"] is not None:
+            about += "\n[yellow]workbench calibrate[/yellow] once a model"
+        table.add_row(entry["name"], entry["slot"], about, knobs)
     _out.print(table)
+
+
+@app.command()
+def calibrate(
+    model: Model = "tiny-dense",
+    method: Annotated[
+        list[str] | None, typer.Option(help="NAME:knob=value,…; may be given several times. Without one, list what there is.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find out what a method has to know about a model beforehand, and keep it; or list what is known of a model."""
+    from workbench.engine.calibration import calibration_file
+    from workbench.experiments.calibrate import calibrate as run
+    from workbench.experiments.calibrate import calibrations
+    from workbench.methods import parse_method
+    from workbench.models.load import load
+
+    chosen = [parse_method(text) for text in method or []]
+    lm = load(model)
+    if not chosen:
+        known = {name: None if found is None else dict(found.about) for name, found in calibrations(lm).items()}
+        if as_json:
+            _print_json({"model": model, "calibrations": known})
+            return
+        table = Table(title=f"Methods that need a calibration, on {model}", title_justify="left")
+        for name in ("method", "calibrated", "with"):
+            table.add_column(name)
+        for name, about in known.items():
+            texts = f"{about['documents']} texts ({about['texts']}), {about['tokens']} tokens" if about else ""
+            todo = f"no: workbench calibrate --model {model} --method {name}"
+            table.add_row(name, "yes" if about else escape(todo), texts)
+        _out.print(table)
+        return
+    with _progress(as_json) as advance:
+        found = [run(lm, each, on_progress=advance) for each in chosen]
+    places = [str(calibration_file(each.model, known)) for each, known in zip(found, chosen, strict=True)]
+    if as_json:
+        rows = [{"method": each.method, "knobs": dict(each.knobs), "model": each.model, **each.about} for each in found]
+        _print_json([{**row, "written": place} for row, place in zip(rows, places, strict=True)])
+        return
+    for each, place in zip(found, places, strict=True):
+        _out.print(f"{each.method} is calibrated for {model}: {place}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -427,7 +472,7 @@ def doctor(
 ) -> None:
     """Say what works on this machine, and why something does not."""
     if calibrate:
-        _calibrate(as_json)
+        _measure_machine(as_json)
         return
     from workbench.doctor import checks
     from workbench.probes.environment import environment
@@ -444,11 +489,11 @@ def doctor(
     _out.print(table)
 
 
-def _calibrate(as_json: bool) -> None:
-    from workbench.experiments.calibrate import calibrate, store
+def _measure_machine(as_json: bool) -> None:
+    from workbench.experiments.machine import measure_machine, store
 
     with _progress(as_json) as advance:
-        sheet = calibrate(on_progress=advance)
+        sheet = measure_machine(on_progress=advance)
     path = store(sheet)
     if as_json:
         _print_json({"written": str(path), "sheet": sheet.to_dict()})

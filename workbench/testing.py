@@ -12,6 +12,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from workbench.engine.calibration import Document, Needle
+from workbench.experiments.calibrate import calibrate, calibrations
+from workbench.models.load import LM
+
 SMALL = dict(
     vocab_size=96,
     hidden_size=32,
@@ -114,6 +118,17 @@ def ids(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Random token ids `[batch, length]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, SMALL["vocab_size"], (batch, length), generator=generator)
+
+
+def calibrate_all(lm: LM) -> LM:
+    """A model whose every method that needs it is calibrated, on random tokens that repeat a passage; the model itself."""
+    prompts = [ids(40, seed=seed)[0].tolist() for seed in (1, 2)]
+    needle = Needle(5, 9, (39, 40, 41, 42))
+    documents = [Document((*prompt, *prompt[5:9]), len(prompt), (needle,)) for prompt in prompts]
+    for name, found in calibrations(lm).items():
+        if found is None:
+            calibrate(lm, name, documents=documents)
+    return lm
 
 
 def footprint(model: nn.Module) -> dict[str, Any]:

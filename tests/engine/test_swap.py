@@ -8,7 +8,7 @@ import torch
 import workbench as wb
 from workbench.cost.metrics import fired
 from workbench.methods import METHODS
-from workbench.testing import ids, random_gemma, random_llama
+from workbench.testing import calibrate_all, ids, random_gemma, random_llama
 
 PROMPT = 40
 EVICTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense" and not cls.selects]
@@ -22,7 +22,7 @@ def small(cls, budget):
 
 @pytest.fixture(scope="module")
 def lm(tiny) -> wb.LM:
-    return wb.load((random_llama(), tiny.tokenizer))
+    return calibrate_all(wb.load((random_llama(), tiny.tokenizer)))
 
 
 def started(lm: wb.LM, method=None, new_tokens: int = 0, **options) -> wb.Session:

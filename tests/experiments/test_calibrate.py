@@ -1,56 +1,154 @@
-"""Calibration runs through on this machine and leaves a sheet that predicts. How fast the machine is, is not asked."""
+"""Calibration: run once a model, kept, found by every session, and a missing or wrong one is one sentence."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
+import torch
 
 import workbench as wb
-from workbench.cost.rates import ATTENTION, PASSES
-from workbench.experiments.calibrate import QUICK, calibrate, store
-from workbench.testing import random_llama
+from workbench.engine.calibration import Document, Needle, calibration_file
+from workbench.experiments.calibrate import calibrations, observed, recall_documents, ship
+from workbench.methods.cache.base import CacheMethod, keep_top
+from workbench.models.fingerprint import fingerprint
+from workbench.testing import ids, random_llama
+
+CALIBRATED = [cls for cls in wb.METHODS.values() if cls.calibrated_by is not None]
 
 
-@pytest.fixture(scope="module")
-def sheet():
-    seen = []
-    found = calibrate(QUICK, device="cpu", on_progress=lambda *progress: seen.append(progress))
-    assert {name for name, *_ in seen} == set(found.rates)
-    for name in found.rates:
-        steps = [progress[1:] for progress in seen if progress[0] == name]
-        assert [done for done, _ in steps] == list(range(1, steps[-1][1] + 1)) and len({total for _, total in steps}) == 1
-    return found
+@dataclass(frozen=True)
+class Popular(CacheMethod):
+    """Keeps the positions that calibration prompts gave most attention to: a method as a notebook cell would have it."""
+
+    name: ClassVar[str] = "popular"
+    calibrated_by: ClassVar[tuple[str, ...]] = ("sharpness",)
+    budget: float = 0.5
+    sharpness: float = 2.0
+
+    def calibrate(self, samples):
+        masses = [torch.stack([state.mass[0].sum(0) for state in sample.layers]) for sample in samples]
+        return {"popularity": torch.stack(masses).mean(0) ** self.sharpness}
+
+    def keep(self, state):
+        scores = self.table("popularity", state)[: state.keys.shape[2]].expand(state.positions.shape)
+        return keep_top(scores, state.capacity, state.occupied)
 
 
-def test_every_rate_is_there(sheet):
-    assert "fp32" in sheet.rates and set(sheet.peak_flops) == set(sheet.rates)
-    for dtype, rates in sheet.rates.items():
-        assert set(rates.passes) == set(PASSES) and set(rates.attention) == set(ATTENTION)
-        for grid in (rates.products, rates.reads, rates.slowdown, *rates.passes.values(), *rates.attention.values()):
-            size = 1
-            for axis in grid.axes:
-                assert list(axis) == sorted(axis)
-                size *= len(axis)
-            assert len(grid.rates) == size and min(grid.rates) > 0
-        assert rates.step_s >= 0 and rates.layer_s >= 0
-        assert sheet.peak(dtype) == max(rates.products.rates)
-    assert sheet.environment["device"] == "cpu" and sheet.environment["cpu_share"] > 0
-
-
-def test_it_is_kept_and_found_again_by_name(sheet, tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
-    path = store(sheet)
-    assert path.is_relative_to(tmp_path) and json.loads(path.read_text())["name"] == "this-machine"
-    assert wb.hardware("this-machine") == sheet
-    assert [entry.name for entry in path.parent.iterdir()] == ["this-machine.json"]
+    return tmp_path
 
 
-def test_it_predicts_a_run_on_this_machine(sheet, tiny):
-    session = wb.Session(tiny)
-    session.prefill("Return the absolute value. " * 4)
-    session.generate(3)
-    table = wb.beside_measured(session.trace, sheet)
-    assert table["phase"].tolist() == ["prefill", "decode"] and (table["predicted_s"] > 0).all()
-    planned = wb.predict(wb.anatomy(random_llama().config), sheet, context=30, new_tokens=2)
-    assert (planned.table["predicted_s"] > 0).all() and planned.predicted_s < 1000
+@pytest.fixture
+def lm(tiny) -> wb.LM:
+    return wb.load((random_llama(), tiny.tokenizer))
+
+
+def documents() -> list[Document]:
+    prompt = ids(30)[0].tolist()
+    return [Document((*prompt, *prompt[4:7]), 30, (Needle(4, 7, (29, 30, 31)),))]
+
+
+def test_a_method_of_a_notebook_cell_is_calibrated_and_found_by_sessions_comparisons_and_replays(cache, lm):
+    method = Popular(budget=0.5)
+    with pytest.raises(wb.UserError, match=r"workbench calibrate --model \S+ --method popular:sharpness=2.0"):
+        wb.Session(lm, method)
+    found = wb.calibrate(lm, method, documents=documents())
+    assert found.knobs == {"sharpness": 2.0} and found.layers == (0, 1, 2) and found.tables["popularity"].shape == (3, 33)
+    session = wb.Session(lm, method)
+    session.prefill(ids(20, seed=3))
+    best = found.tables["popularity"][1, :20].argsort(descending=True)[:10]
+    assert set(session._cache.layers[1].store.positions[0, 0].tolist()) == set(best.tolist())
+    dense = wb.Session(lm)
+    dense.prefill(ids(20, seed=3))
+    dense.swap(method)
+    dense.step()
+    assert session.setup.label == method.label == dense.setup.label
+    recording = wb.record(lm, ids(20, seed=3), new_tokens=3)
+    replayed = wb.replay(recording, [method], [0.5])
+    assert set(replayed.kept(method.label, 0.5, 1, 0)[0].tolist()) == {*best.tolist(), 20}
+    with pytest.raises(wb.UserError, match=r"sharpness=1\.0"):
+        wb.replay(recording, [Popular(sharpness=1.0)], [0.5])
+
+
+def test_a_sample_is_a_dense_run_over_all_tokens(lm):
+    (document,) = documents()
+    sample = observed(lm, document, with_rotation=True)
+    assert [state.layer for state in sample.layers] == [0, 1, 2] and sample.layers[0].rotation is not None
+    assert torch.isclose(sample.layers[2].mass.sum(), torch.tensor(4.0 * 33))
+    recording = wb.record(lm, document.tokens[:32], new_tokens=1)
+    assert torch.allclose(sample.layers[1].queries[0, :, :32], recording.layers[1].queries[:, :32], atol=1e-6)
+    assert sample.prompts()[1].keys.shape[2] == 30 and sample.projections[0] is lm.model.model.layers[0].self_attn.o_proj
+
+
+def test_a_calibration_of_another_model_or_other_knobs_is_refused(cache, lm, tiny):
+    found = wb.calibrate(lm, Popular(), documents=documents())
+    with pytest.raises(wb.UserError, match="of another model"):
+        wb.Session(tiny, Popular().with_calibration(found))
+    with pytest.raises(wb.UserError, match=r"with \{'sharpness': 2.0\}, not of 'popular'"):
+        wb.Session(lm, Popular(sharpness=3.0).with_calibration(found))
+    moved = calibration_file(fingerprint(tiny), Popular())
+    found.save(moved)
+    with pytest.raises(wb.UserError, match="of another model"):
+        wb.Session(tiny, Popular())
+    moved.write_bytes(b"nothing")
+    with pytest.raises(wb.UserError, match="no calibration"):
+        wb.Session(tiny, Popular())
+    with pytest.raises(wb.UserError, match="does not know its calibration"):
+        _ = Popular().tables
+
+
+def test_what_cannot_be_calibrated_is_one_sentence(cache, lm, monkeypatch):
+    with pytest.raises(wb.UserError, match="needs no calibration; those that do are"):
+        wb.calibrate(lm, "h2o")
+    with pytest.raises(wb.UserError, match="no text"):
+        wb.calibrate(lm, Popular(), documents=[])
+    blocked = cache / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("WORKBENCH_CACHE", str(blocked))
+    with pytest.raises(wb.UserError, match="set WORKBENCH_CACHE"):
+        wb.calibrate(lm, Popular(), documents=documents())
+
+
+def test_a_failed_swap_changes_nothing(cache, lm):
+    session = wb.Session(lm)
+    session.prefill(ids(20))
+    with pytest.raises(wb.UserError, match="is not calibrated"):
+        session.swap(Popular())
+    assert session.setup.label == "dense" and session.step().shape == (1, 96)
+
+
+def test_recall_documents_ask_for_what_they_state(tiny):
+    for document in recall_documents(tiny, 2, context=200):
+        assert document.prompt_tokens <= 200 and len(document.needles) == 4
+        for needle in document.needles:
+            asked = [document.tokens[position + 1] for position in needle.asking]
+            assert asked == list(document.tokens[needle.start : needle.stop])
+            assert needle.stop <= document.prompt_tokens <= needle.asking[0]
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_built_in_models_come_calibrated(cache, name):
+    known = calibrations(wb.load(name))
+    assert set(known) == {cls.name for cls in CALIBRATED} and all(known.values())
+
+
+def test_what_is_shipped_is_what_a_calibration_finds(cache, tiny, tmp_path, monkeypatch):
+    shipped = calibrations(tiny)
+    monkeypatch.setattr("workbench.engine.calibration.BUILTIN", tmp_path)
+    for path, (name, known) in zip(ship("tiny-dense"), shipped.items(), strict=True):
+        again = wb.Calibration.load(path)
+        assert path.is_relative_to(tmp_path) and again == known
+        for table, tensor in again.tables.items():
+            torch.testing.assert_close(tensor, known.tables[table], atol=1e-3, rtol=1e-3, msg=f"{name} {table}")
+
+
+def test_a_file_holds_all_there_is(cache, lm, tmp_path):
+    found = wb.calibrate(lm, Popular(), documents=documents())
+    again = wb.Calibration.load(found.save(tmp_path / "own.safetensors"))
+    assert again == found and torch.equal(again.tables["popularity"], found.tables["popularity"])
+    assert json.dumps(again.about) and again.about["tokens"] == 33

@@ -12,7 +12,7 @@ import workbench as wb
 import workbench.experiments.replay as replaying
 from workbench.engine.policy import ROTATION, THINNING
 from workbench.methods import METHODS
-from workbench.testing import ids, random_llama, random_model
+from workbench.testing import calibrate_all, ids, random_llama, random_model
 
 PROMPT, NEW = 40, 10
 CACHE = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
@@ -30,7 +30,7 @@ def small(cls, budget=0.5):
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["MQA", "GQA"])
 def lm(request, tiny) -> wb.LM:
-    return wb.load((random_llama(request.param), tiny.tokenizer))
+    return calibrate_all(wb.load((random_llama(request.param), tiny.tokenizer)))
 
 
 @pytest.fixture(scope="module")

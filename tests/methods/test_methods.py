@@ -13,7 +13,7 @@ import workbench as wb
 from workbench.engine.policy import THINNING, LayerState
 from workbench.methods import METHODS, describe, parse_method
 from workbench.probes.rotation import Rotation
-from workbench.testing import ids, random_gemma, random_llama
+from workbench.testing import calibrate_all, ids, random_gemma, random_llama
 
 ACTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
 SELECTING = [cls for cls in ACTING if cls.selects]
@@ -29,7 +29,7 @@ def named(cls) -> str:
 
 @pytest.fixture(params=[1, 2, 4], ids=["MQA", "GQA", "MHA"])
 def lm(request, tiny) -> wb.LM:
-    return wb.load((random_llama(request.param), tiny.tokenizer))
+    return calibrate_all(wb.load((random_llama(request.param), tiny.tokenizer)))
 
 
 def small(cls, budget, **knobs):
@@ -84,17 +84,18 @@ def test_budget_is_met_and_memory_is_freed(lm, cls, budget):
     session.prefill(ids(40)[0].tolist())
     limit = method.capacity(40)
     assert limit == (budget if isinstance(budget, int) else round(budget * 40))
+    method = session.setup.cache  # which knows its calibration, if it needs one
     shares = method.allocate(40, lm.anatomy.num_layers)
     if method.joint:
         shares = [session._call.capacity[layer][0] for layer in range(lm.anatomy.num_layers)]
     lost = cls is wb.CAKE and 40 in shares  # a layer cannot use more than the prompt, and CAKE shares that out only once
     assert sum(shares) == limit * lm.anatomy.num_layers or (lost and sum(shares) < limit * lm.anatomy.num_layers)
-    assert budget_held(session, cls) == (shares if "prefill" in cls.acts else [40] * 3)
+    assert budget_held(session, cls) == (shares if "prefill" in cls().acts else [40] * 3)
     session.generate(20)
     now = [method.grown(share, 40, 60) for share in shares]
-    if "decode" in cls.acts:
+    if "decode" in cls().acts:
         assert budget_held(session, cls) == now
-    if "prefill" not in cls.acts:
+    if "prefill" not in cls().acts:
         return
     steps = session.trace.table("steps")
     decided = steps["step"][steps["phase"] != "decode"].max()  # the prompt, or the last step of a rehearsal
@@ -163,7 +164,7 @@ def test_evicting_equals_masking_a_full_cache(lm, cls):
 
 @pytest.mark.parametrize("cls", ACTING, ids=named)
 def test_sliding_layers_are_left_alone(tiny, cls):
-    lm = wb.load((random_gemma(), tiny.tokenizer))
+    lm = calibrate_all(wb.load((random_gemma(), tiny.tokenizer)))
     method = small(cls, 0.1)
     if THINNING in cls.needs:  # sliding layers cannot be thinned, so there is no thinning
         method = dataclasses.replace(method, before=1.0)

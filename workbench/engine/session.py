@@ -86,7 +86,7 @@ class Session:
             device_period_s: seconds between samples of the GPUs while the model runs, as in `wb.profile`.
         """
         self.lm = lm
-        self.setup = Setup.of(setup)
+        self.setup = Setup.of(setup).ready(lm)
         check_engine(lm.model, lm.anatomy)
         self._devices = device_sampler(lm.model, device_period_s)
         meta = {
@@ -223,6 +223,7 @@ class Session:
         new = Setup.of(setup)
         if new.label == self.setup.label:
             return
+        new = new.ready(self.lm)
         writer = self._call.writer
         change = {"step": self._call.step + 1, "from": self.setup.label, "to": new.label}
         check_thinning(self.lm.model, self.lm.anatomy, new.cache)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from workbench.engine.calibration import ready
 from workbench.engine.policy import CachePolicy
 from workbench.errors import UserError
+
+if TYPE_CHECKING:
+    from workbench.models.load import LM
 
 
 class Method(Protocol):
@@ -39,6 +43,10 @@ class Setup:
         if given is None:
             return cls()
         return cls(*given) if isinstance(given, Iterable) and not isinstance(given, str) else cls(given)
+
+    def ready(self, lm: LM) -> Setup:
+        """The same setup, whose methods know their calibrations for a model. Raises UserError if one is missing."""
+        return Setup(*(ready(method, lm) for method in self.methods.values()))
 
     @property
     def cache(self) -> CachePolicy | None:

@@ -1,353 +1,204 @@
-"""Measures what this machine reaches: matrix products, memory, attention and small operations, by size and dtype.
+"""`wb.calibrate(lm, method)`: what a method has to know about a model beforehand, found by dense runs over texts and kept.
 
-The shapes are synthetic and the code is the one models run: `F.linear`, transformers' norm, rotary positions and
-attention, the engine's attention. Every time is the shortest of several: other work on the machine only ever adds to it.
-What the pieces miss is measured on random models. The share of a core this process got is kept with the sheet, so that a
-calibration of a busy machine can be told from one that was left alone.
+`python -m workbench.experiments.calibrate` makes the calibrations anew that come with the built-in models.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
-from workbench.cost.flops import attention_flops, linear_flops
-from workbench.cost.hardware import THIS_MACHINE, Hardware, this_machine_file
-from workbench.cost.rates import ATTENTION, PASSES, Grid, Rates
-from workbench.cost.roofline import predict
-from workbench.models.anatomy import anatomy_of
-from workbench.probes.environment import environment
-from workbench.trace.anatomy import Attention, Linear
-from workbench.trace.pairs import causal_pairs
-from workbench_kernels.attention_rows import blockwise_attention
-from workbench_kernels.decode_attention import decode_attention
+from workbench.engine.cache import acting_layers
+from workbench.engine.calibration import Calibration, Document, Needle, Sample, calibration_file, find, shipped_file
+from workbench.engine.policy import ROTATION, LayerState
+from workbench.engine.session import Session
+from workbench.errors import UserError
+from workbench.methods.base import METHODS, Method, parse_method
+from workbench.models.anatomy import output_projections
+from workbench.models.fingerprint import fingerprint
+from workbench.models.load import LM, builtin_names, load
+from workbench.probes.attention import AttentionProbe
+from workbench.probes.queries import QueryProbe
+from workbench.probes.rotation import rotations
+from workbench.trace.recording import LayerTensors
+from workbench.workloads.base import Episode
+from workbench.workloads.recall_facts import Recall
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TEXTS, CONTEXT, SEED = 8, 512, 977
+"""The recall documents a calibration runs over, by default: how many, tokens of each, and a seed no workload starts with."""
 
 Progress = Callable[[str, int, int], None]
 
-_MIB = 2**20
-_SHORT = 16
-"""Tokens before a decode step."""
-_LEAST_SLOWDOWN = 0.5
-_LEAST_TIMES = 4
-_NO_SLOWDOWN = Grid(((1,), (1,)), (1.0,))
-_WORTH_USING = 1 / 8
-"""A dtype whose products are slower than this share of float32's is emulated, and left out."""
+
+def calibrate(
+    lm: LM,
+    method: Method | str,
+    *,
+    documents: Sequence[Document] | None = None,
+    on_progress: Progress | None = None,
+) -> Calibration:
+    """Calibrates a method for a model and keeps the result in the user's cache directory, where every session finds it.
+
+    Args:
+        lm: the model.
+        method: a method that needs it, or its text form such as `compress-kv`; knobs the calibration depends on count.
+        documents: texts to learn from; by default eight documents of 512 tokens (fewer if the model has no room), in which
+            facts are hidden in prose and recalled at the end.
+        on_progress: called with a label, texts done and texts in all.
+
+    Raises:
+        UserError: for a method that needs no calibration, or texts that do not fit the model.
+    """
+    chosen = parse_method(method) if isinstance(method, str) else method
+    model = fingerprint(lm)
+    if chosen.calibrated_by is None:
+        needing = ", ".join(name for name, cls in METHODS.items() if cls.calibrated_by is not None)
+        raise UserError(f"{chosen.label!r} needs no calibration; those that do are {needing}.")
+    if model is None:
+        raise UserError(f"Some weights of {lm.name} are not in memory, so a calibration of it could not be found again.")
+    path = calibration_file(model, chosen)
+    _check_writable(path.parent)
+    found = _found(lm, chosen, model, documents, on_progress)
+    found.save(path)
+    return found
+
+
+def ship(name: str) -> list[Path]:
+    """Calibrates every method, with its default knobs, for a built-in model, and keeps that beside the model."""
+    lm = load(name, device="cpu")
+    methods = [cls() for cls in METHODS.values() if cls.calibrated_by is not None]
+    return [_found(lm, method, fingerprint(lm), None, None).save(shipped_file(name, method)) for method in methods]
+
+
+def _found(
+    lm: LM, method: Method, model: str, documents: Sequence[Document] | None, on_progress: Progress | None
+) -> Calibration:
+    texts = recall_documents(lm, TEXTS) if documents is None else tuple(documents)
+    if not texts:
+        raise UserError("There is no text to calibrate with; give at least one document, or leave documents out.")
+    with torch.no_grad():
+        tables = method.calibrate(_Samples(lm, method, texts, on_progress))
+    about = {
+        "model": lm.name,
+        "texts": "recall" if documents is None else "given",
+        "documents": len(texts),
+        "tokens": sum(len(text.tokens) for text in texts),
+    }
+    layers = tuple(acting_layers(lm.anatomy))
+    tables = {name: table.detach().cpu() for name, table in tables.items()}
+    return Calibration(method.name, method.calibration_knobs(), model, layers, about, tables)
+
+
+def calibrations(lm: LM) -> dict[str, Calibration | None]:
+    """The methods that can be calibrated, with their default knobs, and what there is of them for a model."""
+    model = fingerprint(lm)
+    return {name: find(model, cls()) if model else None for name, cls in METHODS.items() if cls.calibrated_by is not None}
+
+
+def recall_documents(lm: LM, texts: int, *, context: int = CONTEXT, seed: int = SEED) -> tuple[Document, ...]:
+    """Documents whose facts are asked for and answered at the end; a needle is a fact's value, where it was stated."""
+    facts = Recall.facts
+    room = lm.anatomy.max_positions
+    if room is not None:
+        context = min(context, room - 16 * facts)
+    episodes = Recall(context=context, samples=texts, seed=seed, facts=facts).episodes(lm)
+    return tuple(map(_document, episodes))
+
+
+def _document(episode: Episode) -> Document:
+    tokens = list(episode.context)
+    needles = []
+    for turn in episode.turns:
+        tokens += turn.prompt
+        start = _find(episode.context, turn.answer)
+        if start is not None:
+            asking = range(len(tokens) - 1, len(tokens) - 1 + len(turn.answer))
+            needles.append(Needle(start, start + len(turn.answer), tuple(asking)))
+        tokens += turn.answer
+    return Document(tuple(tokens), len(episode.context), tuple(needles))
+
+
+def _find(tokens: Sequence[int], part: Sequence[int]) -> int | None:
+    """Where a part begins; a tokenizer may have cut it differently there."""
+    size = len(part)
+    return next((i for i in range(len(tokens) - size + 1) if tuple(tokens[i : i + size]) == tuple(part)), None)
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Which sizes are measured, and how long each for."""
+class _Samples:
+    """The samples of some texts, made anew each time they are gone through, so that one at a time is in memory."""
 
-    rows: tuple[int, ...] = (1, 16, 128, 1024)
-    features: tuple[int, ...] = (256, 1024, 4096)
-    reads_mib: tuple[int, ...] = (1, 16, 64, 512)
-    elements: tuple[int, ...] = (2**8, 2**14, 2**18, 2**20, 2**22)
-    head_dims: tuple[int, ...] = (16, 64, 256)
-    queries: tuple[int, ...] = (64, 256, 1024, 2048)
-    keys: tuple[int, ...] = (64, 512, 4096)
-    layers: tuple[int, int] = (2, 8)
-    hidden_sizes: tuple[int, ...] = (128, 512, 1024)
-    tokens: tuple[int, ...] = (1, 128, 512, 2048)
-    seconds: float = 0.05
+    lm: LM
+    method: Method
+    texts: tuple[Document, ...]
+    on_progress: Progress | None
 
-
-FULL = Sizes()
-FULL_GPU = Sizes(
-    rows=(1, 16, 128, 1024, 8192),
-    features=(256, 1024, 4096, 8192),
-    queries=(64, 256, 1024, 4096),
-    hidden_sizes=(512, 2048, 4096),
-    tokens=(1, 128, 1024, 4096),
-    seconds=0.03,
-)
-"""A GPU needs larger work to be busy, and less time for each."""
-
-QUICK = Sizes(
-    rows=(1, 16),
-    features=(64, 128),
-    reads_mib=(1, 2),
-    elements=(2**8, 2**10),
-    head_dims=(16,),
-    queries=(16,),
-    keys=(16,),
-    layers=(1, 2),
-    hidden_sizes=(16, 64),
-    tokens=(1, 8),
-    seconds=0.0,
-)
-"""Enough to run through everything in seconds; the numbers mean little."""
+    def __iter__(self) -> Iterator[Sample]:
+        for done, text in enumerate(self.texts, 1):
+            yield observed(self.lm, text, ROTATION in getattr(self.method, "needs", ()))
+            if self.on_progress is not None:
+                self.on_progress(f"{self.method.name}: texts", done, len(self.texts))
 
 
-@torch.no_grad()
-def calibrate(
-    sizes: Sizes | None = None, *, device: str | torch.device | None = None, on_progress: Progress | None = None
-) -> Hardware:
-    """Measures this machine and returns its sheet, under the name `this-machine`. Takes less than a minute on two cores.
+def observed(lm: LM, document: Document, with_rotation: bool = False) -> Sample:
+    """Runs a document through a model, densely and in one call. Raises UserError if there is no layer to observe."""
+    layers = acting_layers(lm.anatomy)
+    if not layers:
+        raise UserError(f"Every layer of {lm.name} has a sliding window, which no cache method touches.")
+    session = Session(lm)
+    taken = QueryProbe(layers, len(document.tokens))
+    probe = AttentionProbe(lm.model, taken)
+    try:
+        probe.attach()
+        session.prefill(list(document.tokens))
+    finally:
+        probe.detach()
+    turned = rotations(lm.model, layers) if with_rotation else {}
+    states = []
+    for index in layers:
+        store = session._cache.layers[index].store
+        tensors = taken.layer(index, store.keys[0], store.values[0])
+        states.append(_state(tensors, lm.anatomy.num_layers, turned.get(index)))
+    every = output_projections(lm.model)
+    missing = [index for index in layers if every[index] is None]
+    if missing:
+        raise UserError(f"The output projection of layer {missing[0]} of {lm.name} was not found; choose another method.")
+    return Sample(document, tuple(states), tuple(every[index] for index in layers))
 
-    Args:
-        sizes: what to measure; `QUICK` runs through in seconds.
-        device: None is the first CUDA GPU, or the CPU.
-        on_progress: called with a dtype, steps done and steps in all.
-    """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    sizes = sizes or (FULL_GPU if place.type == "cuda" else FULL)
-    rates: dict[str, Rates] = {}
-    skipped: list[str] = []
-    started = time.perf_counter(), time.process_time()
-    for name, dtype in DTYPES.items():
-        bench = _Bench(place, dtype, sizes)
-        if name != "fp32" and not bench.worth_using():
-            skipped.append(name)
-            continue
-        rates[name] = bench.rates(lambda done, total, name=name: on_progress and on_progress(name, done, total))
-    peaks = {name: max(each.products.rates) for name, each in rates.items()}
-    bandwidth = rates["fp32"].reads.rates[-1]
-    return Hardware(
-        THIS_MACHINE,
-        _label(place),
-        peaks,
-        bandwidth,
-        _memory_bytes(place),
-        _on_chip_bytes(place),
-        ("measured by `workbench doctor --calibrate`",),
-        f"Left out as emulated: {', '.join(skipped)}." if skipped else "",
-        rates,
-        {**environment(), "device": place.type, "cpu_share": _cpu_share(*started)},
+
+def _state(tensors: LayerTensors, num_layers: int, rotation) -> LayerState:
+    num_heads, length, _ = tensors.keys.shape
+    device = tensors.keys.device
+    return LayerState(
+        keys=tensors.keys[None],
+        values=tensors.values[None],
+        positions=torch.arange(length, dtype=torch.int32, device=device).expand(1, num_heads, length),
+        capacity=torch.tensor([length], device=device),
+        scaling=tensors.scaling,
+        layer=tensors.layer,
+        num_layers=num_layers,
+        phase="prefill",
+        queries=tensors.queries[None],
+        mass=tensors.prompt_mass[None],
+        rotation=rotation,
     )
 
 
-def store(sheet: Hardware) -> Path:
-    """Keeps the sheet as `this-machine`, in place of an earlier one."""
-    path = this_machine_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(sheet.to_dict(), indent=1))
-    os.replace(temporary, path)
-    return path
+def _check_writable(directory: Path) -> None:
+    """Raises UserError before a long run if its result could not be kept."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"Cannot write to {directory} ({error.strerror}); set WORKBENCH_CACHE to another folder.") from None
 
 
-class _Bench:
-    """Measurements of one dtype on one device."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, sizes: Sizes):
-        self.device, self.dtype, self.sizes = device, dtype, sizes
-
-    def worth_using(self) -> bool:
-        """Whether products in this dtype come near those in float32."""
-        middle = self.sizes.features[len(self.sizes.features) // 2]
-        linear, rows = Linear("", middle, middle), self.sizes.rows[-1]
-        plain = _Bench(self.device, torch.float32, self.sizes)
-        return self._product(rows, linear) > _WORTH_USING * plain._product(rows, linear)
-
-    def rates(self, advance: Callable[[int, int], Any]) -> Rates:
-        """Everything, point by point."""
-        sizes = self.sizes
-        shapes = [(rows, i, o) for rows in sizes.rows for i in sizes.features for o in sizes.features]
-        calls = {kind: [(dim, size) for dim in sizes.head_dims for size in self._lengths(kind)] for kind in ATTENTION}
-        total = len(shapes) + len(sizes.reads_mib) + len(PASSES) * len(sizes.elements) + sum(map(len, calls.values())) + 1
-        done = 0
-
-        def grid(axes: list[tuple], measured: Iterator[float]) -> Grid:
-            nonlocal done
-            values = []
-            for value in measured:
-                values.append(value)
-                done += 1
-                advance(done, total)
-            return Grid(tuple(tuple(axis) for axis in axes), tuple(values))
-
-        measured = Rates(
-            products=grid(
-                [sizes.rows, sizes.features, sizes.features], (self._product(r, Linear("", i, o)) for r, i, o in shapes)
-            ),
-            reads=grid([tuple(mib * _MIB for mib in sizes.reads_mib)], (self._read(mib * _MIB) for mib in sizes.reads_mib)),
-            passes={
-                kind: grid([sizes.elements], (self._pass(kind, elements) for elements in sizes.elements)) for kind in PASSES
-            },
-            attention={
-                kind: grid([sizes.head_dims, self._lengths(kind)], (self._attention(kind, *call) for call in calls[kind]))
-                for kind in ATTENTION
-            },
-            step_s=0.0,
-            layer_s=0.0,
-            slowdown=_NO_SLOWDOWN,
-        )
-        complete = self._with_slowdown(self._with_overhead(measured))
-        advance(total, total)
-        return complete
-
-    def seconds(self, call: Callable[[], Any]) -> float:
-        """Seconds of one call: the shortest of several, after one that is not counted."""
-        call()
-        times = []
-        until = time.perf_counter() + self.sizes.seconds
-        while len(times) < _LEAST_TIMES or time.perf_counter() < until:
-            times.append(self._timed(call))
-        return min(times)
-
-    def _timed(self, call: Callable[[], Any]) -> float:
-        if self.device.type != "cuda":
-            started = time.perf_counter()
-            call()
-            return time.perf_counter() - started
-        repeats = 8  # back to back, as a model's operations are: a lone call would measure the wait for its launch
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(self.device)
-        begin.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / repeats
-
-    def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=self.device).to(self.dtype)
-
-    def _product(self, rows: int, linear: Linear) -> float:
-        x, weight = self._random(1, rows, linear.in_features), self._random(linear.out_features, linear.in_features)
-        return linear_flops(rows, linear) / self.seconds(lambda: F.linear(x, weight))
-
-    def _read(self, nbytes: int) -> float:
-        features = 1024
-        weights = self._random(nbytes // features // self.dtype.itemsize, features)
-        x = self._random(1, features)
-        return weights.nbytes / self.seconds(lambda: F.linear(x, weights))
-
-    def _pass(self, kind: str, elements: int) -> float:
-        features = min(elements, 1024)
-        x, y = self._random(1, elements // features, features), self._random(1, elements // features, features)
-        calls: dict[str, Callable[[], Any]] = {
-            "silu": lambda: F.silu(x) * y,
-            "gelu": lambda: F.gelu(x, approximate="tanh") * y,
-            "add": lambda: x + y,
-            "copy": lambda: torch.cat([x, y[:, :0]], dim=1),
-        }
-        if kind == "norm":
-            norm = LlamaRMSNorm(features).to(self.device, self.dtype)
-            calls["norm"] = lambda: norm(x)
-        if kind == "rotary":
-            dim = min(64, features // 4)
-            heads = x.view(1, -1, features // dim, dim).transpose(1, 2)
-            query, key = heads[:, : -(features // dim // 4)], heads[:, -(features // dim // 4) :]
-            angles = self._random(1, elements // features, dim)
-            calls["rotary"] = lambda: apply_rotary_pos_emb(query, key, angles, angles)
-        return elements / self.seconds(calls[kind])
-
-    def _lengths(self, kind: str) -> tuple[int, ...]:
-        return self.sizes.keys if kind in {"cached", "decode"} else self.sizes.queries
-
-    def _attention(self, kind: str, head_dim: int, size: int) -> float:
-        attention = Attention(num_q_heads=8, num_kv_heads=2, head_dim=head_dim, value_dim=head_dim)
-        one = kind in {"cached", "decode"}
-        queries = 1 if one else size
-        query = self._random(1, attention.num_q_heads, queries, head_dim)
-        key, value = (self._random(1, attention.num_kv_heads, size, head_dim) for _ in range(2))
-        module = SimpleNamespace(num_key_value_groups=attention.group, is_causal=True, training=False)
-        hidden = torch.ones(queries, size, dtype=torch.bool, device=self.device).triu(size - queries + 1)
-        mask = torch.zeros(1, 1, queries, size, device=self.device, dtype=self.dtype).masked_fill(
-            hidden, torch.finfo(self.dtype).min
-        )
-        scaling, window = head_dim**-0.5, max(1, size // 2)
-        sdpa = AttentionInterface._global_mapping["sdpa"]
-        calls: dict[str, Callable[[], Any]] = {
-            "causal": lambda: sdpa(module, query, key, value, None, scaling=scaling),
-            "masked": lambda: sdpa(module, query, key, value, ~hidden[None, None], scaling=scaling),
-            "cached": lambda: sdpa(module, query, key, value, None, scaling=scaling),
-            "eager": lambda: eager_attention_forward(module, query, key, value, mask, scaling=scaling),
-            "blockwise": lambda: blockwise_attention(query, key, value, scaling, window=window),
-            "decode": lambda: decode_attention(query, key, value, scaling),
-        }
-        pairs = {"causal": causal_pairs(size, size), "blockwise": causal_pairs(size, size, window)}.get(kind, queries * size)
-        return attention_flops(pairs, attention) / self.seconds(calls[kind])
-
-    def _with_overhead(self, rates: Rates) -> Rates:
-        """Adds what a decode step of a small random model costs beside its pieces, split into step and layer."""
-        beside = []
-        for num_layers in self.sizes.layers:
-            model = self._model(num_layers, hidden_size=256)
-            beside.append(self._model_seconds(model, 1) - self._pieces(rates, model, 1))
-        few, many = self.sizes.layers
-        layer_s = max(0.0, (beside[1] - beside[0]) / (many - few))
-        return replace(rates, layer_s=layer_s, step_s=max(0.0, beside[0] - few * layer_s))
-
-    def _with_slowdown(self, rates: Rates) -> Rates:
-        """Adds how much longer the pieces take inside random models of several sizes than alone."""
-        num_layers = self.sizes.layers[0]
-        models = [self._model(num_layers, hidden_size) for hidden_size in self.sizes.hidden_sizes]
-        overhead = rates.step_s + num_layers * rates.layer_s
-        factors = []
-        for tokens, model in itertools.product(self.sizes.tokens, models):
-            measured = self._model_seconds(model, tokens) - overhead
-            factors.append(max(_LEAST_SLOWDOWN, measured / self._pieces(rates, model, tokens)))
-        return replace(rates, slowdown=Grid((self.sizes.tokens, self.sizes.hidden_sizes), tuple(factors)))
-
-    def _model_seconds(self, model: torch.nn.Module, tokens: int) -> float:
-        """Seconds of a prefill of `tokens`, or of a decode step where that is one."""
-        ids = torch.ones(1, max(tokens, _SHORT), dtype=torch.long, device=self.device)
-        if tokens > 1:
-            return self.seconds(lambda: model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1))
-        cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache)
-        return self.seconds(lambda: model(ids[:, :1], past_key_values=cache, logits_to_keep=1))
-
-    def _pieces(self, rates: Rates, model: torch.nn.Module, tokens: int) -> float:
-        """Predicted seconds of the same without anything beside the pieces."""
-        name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        alone = replace(rates, step_s=0.0, layer_s=0.0, slowdown=_NO_SLOWDOWN)
-        sheet = Hardware("", "", {name: 1.0}, 1.0, 1, 1, (), rates={name: alone})
-        sizes = {"context": _SHORT, "new_tokens": 1} if tokens == 1 else {"context": tokens, "new_tokens": 0}
-        return float(predict(anatomy_of(model), sheet, dtype=name, **sizes).phases["predicted_s"].iloc[-1])
-
-    def _model(self, num_layers: int, hidden_size: int) -> torch.nn.Module:
-        config = LlamaConfig(
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=8 * hidden_size,
-            max_position_embeddings=2**20,
-        )
-        return AutoModelForCausalLM.from_config(config).to(self.device, self.dtype).eval()
-
-
-def _cpu_share(wall: float, cpu: float) -> float:
-    """CPU seconds this process got in each second since. Well below one, it had to wait for others."""
-    return (time.process_time() - cpu) / (time.perf_counter() - wall)
-
-
-def _label(device: torch.device) -> str:
-    facts = environment()
-    if device.type == "cuda":
-        return f"this machine ({torch.cuda.get_device_name(device)})"
-    return f"this machine ({facts['processor']}, {facts['threads']} threads)"
-
-
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _on_chip_bytes(device: torch.device) -> int:
-    """Shared memory of a multiprocessor, or the second-level cache of a core: a mebibyte where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-    units = {"K": 2**10, "M": 2**20}
-    text = size.read_text().strip() if size.exists() else "1M"
-    return int(text[:-1]) * units[text[-1]]
+if __name__ == "__main__":
+    for builtin in builtin_names():
+        for path in ship(builtin):
+            print(path)

@@ -90,7 +90,7 @@ def compare(
         UserError: for setups that do not go together, a workload that does not fit, or a folder that cannot be written.
         MethodDidNotFire: if a method had something to do and did not do it.
     """
-    chosen = _distinct([_setup(given) for given in setups])
+    chosen = [setup.ready(lm) for setup in _distinct([_setup(given) for given in setups])]
     episodes = workload.episodes(lm)
     settings = {option.name: getattr(workload, option.name) for option in dataclasses.fields(workload)}
     cells = Cells(Path(out), cell_key(lm, workload.name, settings, episodes), fresh) if out is not None else None

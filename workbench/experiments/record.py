@@ -9,6 +9,7 @@ import torch
 
 from workbench.engine.session import Session
 from workbench.errors import UserError
+from workbench.models.fingerprint import fingerprint
 from workbench.models.load import LM
 from workbench.probes.attention import AttentionProbe
 from workbench.probes.memory import free_bytes
@@ -74,6 +75,7 @@ def record(
         probe.detach()
     stores = {index: session._cache.layers[index].store for index in chosen}
     recorded = [taken.layer(index, store.keys[0], store.values[0]) for index, store in stores.items()]
+    session._call.writer.update_meta(fingerprint=fingerprint(lm), model=lm.name)
     session.close()
     return Recording(session.trace, tuple(recorded), len(ids))
 

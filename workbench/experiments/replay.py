@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from workbench.engine.cache import acting_layers, within
+from workbench.engine.calibration import ready_for
 from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
@@ -142,7 +143,9 @@ def _at_budgets(given: Method | str, budgets: list[Budget], recording: Recording
         )
     if FORESIGHT in method.needs:
         _check_foresight(method, recording)
-    return [dataclasses.replace(method, budget=budget) for budget in budgets]
+    meta = recording.trace.meta
+    method = ready_for(method, meta.get("fingerprint"), meta.get("model", recording.trace.anatomy.class_name))
+    return [method.with_budget(budget) for budget in budgets]
 
 
 def _check_foresight(method: CacheMethod, recording: Recording) -> None:

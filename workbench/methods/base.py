@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from workbench.errors import UserError
 from workbench.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from workbench.engine.calibration import Calibration, Sample
 
 SLOTS = ("cache", "attention", "routing", "decoding", "reuse")
 
@@ -26,6 +33,11 @@ class Method:
     paper: ClassVar[str]
     deviations: ClassVar[tuple[str, ...]] = ()
 
+    calibrated_by: ClassVar[tuple[str, ...] | None] = None
+    """The knobs its calibration depends on; None for a method that has none."""
+    calibration: ClassVar[Calibration | None] = None
+    """What its calibration found for the model at hand: see `with_calibration`."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(self, field))
@@ -34,6 +46,32 @@ class Method:
     def summary(cls) -> str:
         """One sentence: the first line of the class docstring."""
         return (cls.__doc__ or "").strip().splitlines()[0]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it runs only on a model it was calibrated for."""
+        return self.calibrated_by is not None
+
+    def calibration_knobs(self) -> dict[str, Any]:
+        """The knobs its calibration depends on, and their values."""
+        return {name: getattr(self, name) for name in self.calibrated_by or ()}
+
+    def calibrate(self, samples: Iterable[Sample]) -> dict[str, torch.Tensor]:
+        """Makes the tables. Samples may be gone through more than once; each time runs the model over the texts."""
+        raise TypeError(f"{type(self).__name__} must say how it is calibrated: define calibrate(samples).")
+
+    def with_calibration(self, calibration: Calibration) -> Self:
+        """A copy that knows its calibration. Sessions, comparisons and replays make it themselves."""
+        known = copy.copy(self)
+        object.__setattr__(known, "calibration", calibration)
+        return known
+
+    @property
+    def tables(self) -> Mapping[str, torch.Tensor]:
+        """The tables of the calibration at hand."""
+        if self.calibration is None:
+            raise UserError(f"{self.name!r} does not know its calibration; use with_calibration(wb.calibrate(lm, method)).")
+        return self.calibration.tables
 
     @property
     def label(self) -> str:
@@ -95,6 +133,7 @@ def describe(cls: type[Method]) -> dict[str, Any]:
         "paper": cls.paper,
         "knobs": knobs,
         "deviations": list(cls.deviations),
+        "calibrated_by": None if cls.calibrated_by is None else list(cls.calibrated_by),
     }
 
 

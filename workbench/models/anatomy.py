@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from workbench.errors import UserError
 from workbench.trace.anatomy import Anatomy, Attention, Experts, Layer, Linear
 
+_OUTPUTS = {"o_proj", "out_proj", "dense", "c_proj", "wo"}
+"""What attention calls its output projection."""
+
 
 def anatomy_of(model: nn.Module) -> Anatomy:
     """Reads the anatomy of a `transformers` causal LM. Raises UserError for what is not one."""
@@ -72,6 +75,15 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The self-attention module of every decoder layer, in order. Raises UserError if a layer has none."""
     found = [_find_attention(block) for block in decoder_layers(model)]
     return [module for module in found if module is not None]
+
+
+def output_projections(model: nn.Module) -> list[nn.Module | None]:
+    """The module after the heads of every decoder layer's attention, `[..., Hq x Dv]` to `[..., hidden]`; None if unknown."""
+    found = [
+        [part for name, part in module.named_modules() if name.rsplit(".", 1)[-1] in _OUTPUTS]
+        for module in attention_modules(model)
+    ]
+    return [next(iter(parts), None) for parts in found]
 
 
 def expert_modules(model: nn.Module) -> dict[int, nn.Module]:
@@ -217,8 +229,7 @@ def _read_experts(module: nn.Module, block: nn.Module, config: Any) -> Experts:
 
 
 def _attention_component(name: str) -> str:
-    outputs = {"o_proj", "out_proj", "dense", "c_proj", "wo"}
-    return "attention.out" if outputs & set(name.split(".")) else "attention.qkv"  # an adapter's matrices lie deeper
+    return "attention.out" if _OUTPUTS & set(name.split(".")) else "attention.qkv"  # an adapter's matrices lie deeper
 
 
 def _is_linear(module: nn.Module) -> bool:

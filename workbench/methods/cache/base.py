@@ -5,9 +5,10 @@ Shapes: B batch, Hq query heads, H kv heads, G = Hq / H, N slots, W observed que
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,15 @@ class CacheMethod(Method):
     def by_slot(self) -> bool:
         """Whether attention takes a token's rank among those held for its position."""
         return False
+
+    def with_budget(self, budget: Budget) -> Self:
+        """The same method at another budget."""
+        other = dataclasses.replace(self, budget=budget)
+        return other if self.calibration is None else other.with_calibration(self.calibration)
+
+    def table(self, name: str, state: LayerState) -> torch.Tensor:
+        """A layer's row of a table of the calibration, on the layer's device."""
+        return self.tables[name][self.calibration.layers.index(state.layer)].to(state.keys.device)
 
     def capacity(self, prompt_tokens: int) -> int:
         """Tokens each kv head may keep after a prompt of this length, on average over layers."""

@@ -116,3 +116,57 @@ def _spread(shares: list[int], layers: Sequence[int], amount: int) -> None:
     each, rest = divmod(amount, len(layers)) if layers else (0, 0)
     for number, layer in enumerate(layers):
         shares[layer] += each + (number < rest)
+
+
+def by_error(errors: Sequence[float], mean: int, least: int, most: int) -> list[int]:
+    """Budgets that sum to `mean` a layer: `least` for each, and of what is left each layer's share of the error.
+
+    No budget exceeds `most`. What rounding and that bound leave over goes one by one to the layers of highest error, round
+    after round; what they exceed the sum by is taken from the layers of lowest error in the same way.
+    CompressKV, Lin et al. 2025, arXiv 2508.02401, and its code.
+
+    Args:
+        errors: what dropping costs in each layer; they sum to one.
+        mean: tokens a layer, on average.
+        least: tokens of each layer at least, at most `mean`.
+        most: tokens of each layer at most, at least `mean`.
+    """
+    spare = (mean - least) * len(errors)
+    budgets = [min(max(least + round(error * spare), least), most) for error in errors]
+    order = sorted(range(len(errors)), key=lambda layer: -errors[layer])
+    while missing := mean * len(errors) - sum(budgets):
+        step = 1 if missing > 0 else -1
+        open_ = [layer for layer in order[::step] if least <= budgets[layer] + step <= most]
+        for layer in open_[: abs(missing)]:
+            budgets[layer] += step
+    return budgets
+
+
+def by_gates(gates: Sequence[Sequence[float]], mean: int, longest: int, streamed: int) -> list[int]:
+    """Budgets of layers, tokens a kv head, when the heads of highest gate in the whole model keep all of `longest` tokens.
+
+    The others keep at least `streamed`, or `mean` where that is less. As many heads are whole as `mean` a head allows; what
+    they leave over is spread over the layers, so that budgets sum to `mean` a layer.
+    DuoAttention, Xiao et al. 2024, arXiv 2410.10819, fixes the share of whole heads instead.
+    """
+    num_layers, num_heads = len(gates), len(gates[0])
+    if longest <= streamed or mean <= streamed:
+        return [mean] * num_layers
+    ranked = sorted(
+        ((layer, head) for layer in range(num_layers) for head in range(num_heads)),
+        key=lambda place: -gates[place[0]][place[1]],
+    )
+    num_whole = min((mean - streamed) * len(ranked) // (longest - streamed), len(ranked))
+    while True:
+        layers = [layer for layer, _ in ranked[:num_whole]]
+        budgets = [streamed + -(-layers.count(layer) * (longest - streamed) // num_heads) for layer in range(num_layers)]
+        spare = mean * num_layers - sum(budgets)
+        if spare >= 0:
+            break
+        num_whole -= 1  # budgets are whole tokens a head, and rounding them up may take one head too many
+    while spare:
+        roomy = [layer for layer, budget in enumerate(budgets) if budget < longest][:spare]
+        for layer in roomy:
+            budgets[layer] += 1
+        spare -= len(roomy)
+    return budgets

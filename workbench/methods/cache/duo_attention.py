@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from workbench.engine.calibration import Sample
 from workbench.engine.policy import QUERIES, ROTATION, LayerState
 from workbench.methods.base import Budget, budget_knob, knob, register
-from workbench.methods.cache.base import CacheMethod, keep_top, reduce_heads
-from workbench.methods.cache.budgets import streaming
+from workbench.methods.cache.base import EVERY_STEP, PREFILL_ONLY, CacheMethod, keep_top, reduce_heads
+from workbench.methods.cache.budgets import by_gates, streaming, whole
 
 _DISTANCE = 500
 """Positions over which a head's mean query looks back at its mean key."""
@@ -25,44 +27,90 @@ class DuoAttention(CacheMethod):
     paper: ClassVar[str] = "Xiao et al. 2024, arXiv 2410.10819"
     needs: ClassVar[frozenset[str]] = frozenset({QUERIES, ROTATION})
     ragged: ClassVar[bool] = True
+    calibrated_by: ClassVar[tuple[str, ...]] = ()
     deviations: ClassVar[tuple[str, ...]] = (
-        "No gates are trained. Heads are told apart by kvpress's stand-in, taken from the prompt itself and not from 50 texts: "
-        "how much the mean query, 500 positions on, still gives to early copies of the mean key.",
-        "The heads that retrieve are chosen in each layer by itself, since a layer evicts before the next one runs; trained "
-        "gates are ranked over the whole model. A layer that cannot afford one whole head streams in all.",
+        "No gates are trained. Heads are told apart by kvpress's stand-in: how much the mean query, 500 positions on, still "
+        "gives to early copies of the mean key. gates='calibrated' takes it from a few texts (kvpress: 50) and ranks the heads "
+        "of all layers together, as the paper does; gates='prompt' takes it from the prompt itself and ranks a layer's heads "
+        "by themselves, since a layer evicts before the next one runs.",
         "The budget says how many heads stay whole; what they leave over lengthens the recent tokens of the others, so that "
         "the sum is exact. Where the budget is less than sinks and recent tokens, recent ones give way first.",
-        "It acts once, at the end of the prompt, as kvpress does; the paper's streaming heads go on dropping tokens as they "
-        "decode.",
+        "With gates='calibrated' streaming heads go on dropping tokens while decoding, and the budget grows by what whole "
+        "heads add, rounded up to whole tokens a kv head; with gates='prompt' it acts once, as kvpress does.",
     )
 
     budget: Budget = budget_knob(0.5)
     sinks: int = knob(128, low=0, high=4096, unit="tokens", help="First tokens that streaming heads keep.")
     recent: int = knob(256, low=1, high=65536, unit="tokens", help="Most recent tokens that streaming heads keep, at least.")
+    gates: str = knob(
+        "prompt", choices=("prompt", "calibrated"), help="What heads are ranked by: the prompt, or a calibration."
+    )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Only if its gates are to be calibrated ones."""
+        return self.gates == "calibrated"
+
+    @property
+    def acts(self) -> frozenset[str]:
+        """At every step if it knows its gates."""
+        return EVERY_STEP if self.gates == "calibrated" else PREFILL_ONLY
+
+    def calibrate(self, samples: Iterable[Sample]) -> dict[str, torch.Tensor]:
+        """`gates` `[L, H]`: the reach of each kv head, a text on average."""
+        reaches = [torch.cat([_reach(state).cpu() for state in sample.layers]) for sample in samples]
+        return {"gates": torch.stack(reaches).mean(0)}
+
+    def allocate(self, prompt_tokens: int, num_layers: int) -> list[int]:
+        """With calibrated gates a layer gets the more the more of the model's best heads are its own."""
+        capacity = self.capacity(prompt_tokens)
+        if self.gates == "prompt" or capacity >= prompt_tokens:
+            return [capacity] * num_layers
+        return by_gates(self.tables["gates"].tolist(), capacity, prompt_tokens, self.sinks + self.recent)
+
+    def grown(self, share: int, divided_at: int, seen: int) -> int:
+        """Whole heads grow with the text, if the others go on streaming."""
+        if self.gates == "prompt":
+            return share
+        num_heads = self.tables["gates"].shape[1]
+        added = self._num_whole(num_heads, share, divided_at) * (seen - divided_at)
+        return share + -(-added // num_heads)
 
     def keep(self, state: LayerState) -> torch.Tensor:
-        """Everything in the heads of highest reach, sinks and recent tokens in the others."""
-        counts = self._counts(state, _reach(state))
+        """Everything in the heads of highest gate or reach, sinks and recent tokens in the others."""
+        reach = _reach(state) if self.gates == "prompt" else self.table("gates", state).expand(state.positions.shape[:2])
+        counts = self._counts(state, reach)
         num_sinks = (counts - 1).clamp(min=0, max=self.sinks)[..., None]
         order = state.positions.float().masked_fill(state.positions < num_sinks, torch.inf)
         return keep_top(order, counts, state.occupied)
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
-        """One query a head over 500 positions: `2 Hq 500 D` FLOPs; q and k read for their means."""
+        """One query a head over 500 positions: `2 Hq 500 D` FLOPs; q and k read for their means. Nothing if calibrated."""
+        if self.gates == "calibrated":
+            return 0, 0
         batch, num_q_heads, _, head_dim = state.queries.shape
         return 2 * batch * num_q_heads * _DISTANCE * head_dim, state.queries.nbytes + state.keys.nbytes
+
+    def _num_whole(self, num_heads: int, share: int, longest: int) -> int:
+        """Heads of a layer that keep everything, of a share resolved when there were `longest` tokens."""
+        if share >= longest:
+            return num_heads
+        return streaming(num_heads * share, num_heads, longest, self.sinks + self.recent)[0]
 
     def _counts(self, state: LayerState, reach: torch.Tensor) -> torch.Tensor:
         """`[B, H]` tokens each head keeps."""
         num_heads = reach.shape[1]
-        longest = state.occupied.sum(-1).amax(1).tolist()
+        longest = state.occupied.sum(-1).amax(1)
+        known = self.gates == "calibrated" and state.share is not None
+        shares, lengths = (state.share, state.prompt_tokens) if known else (state.capacity, longest)
+        orders = reach.argsort(dim=1, descending=True, stable=True).tolist()
+        rows = zip(*(each.tolist() for each in (state.capacity, longest, shares, lengths)), orders, strict=True)
         counts = []
-        for capacity, held, order in zip(
-            state.capacity.tolist(), longest, reach.argsort(dim=1, descending=True, stable=True).tolist(), strict=True
-        ):
-            total = num_heads * min(capacity, held)
-            num_whole, others = streaming(total, num_heads, held, self.sinks + self.recent)
-            by_rank = [held] * num_whole + others
+        for capacity, held, share, at, order in rows:
+            num_whole = self._num_whole(num_heads, share, at)
+            others = num_heads - num_whole
+            rest = min(num_heads * min(capacity, held) - num_whole * held, others * held)
+            by_rank = [held] * num_whole + (whole([rest / others] * others, rest) if others else [])
             counts.append([by_rank[order.index(head)] for head in range(num_heads)])
         return torch.tensor(counts, device=reach.device)
 
