@@ -38,7 +38,7 @@ def run(model: str, samples: int, options: argparse.Namespace) -> Comparison:
     setups = []
     for name in options.methods or cache_methods():
         try:
-            wb.Session(lm, METHODS[name](budget=options.budgets[0]))
+            wb.Session(lm, METHODS[name](budget=options.budgets[0])).prefill(workload.episodes(lm)[0].context)
             setups += [METHODS[name](budget=budget) for budget in options.budgets]
         except UserError as refusal:
             print(f"{name} is left out on {model}: {refusal}")
