@@ -11,7 +11,7 @@ from workbench.methods import METHODS
 from workbench.testing import calibrate_all, ids, random_gemma, random_llama
 
 PROMPT = 40
-EVICTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
+EVICTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense" and not cls.selects]
 
 
 def small(cls, budget):

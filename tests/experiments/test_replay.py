@@ -18,7 +18,8 @@ PROMPT, NEW = 40, 10
 CACHE = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
 LIVE_ONLY = {"dapq", "lookahead-kv"}
 """Methods that rehearse tokens no recording holds, unless told otherwise."""
-EVICTING = [cls for cls in CACHE if not {ROTATION, THINNING} & cls.needs and cls.name not in LIVE_ONLY]
+REPLAYING = [cls for cls in CACHE if not cls.merges and not cls.selects]
+EVICTING = [cls for cls in REPLAYING if not {ROTATION, THINNING} & cls.needs and cls.name not in LIVE_ONLY]
 
 
 def small(cls, budget=0.5):
@@ -187,6 +188,10 @@ def test_a_saved_recording_replays_the_same(recording, tmp_path):
     ("use", "message"),
     [
         (lambda r: wb.replay(r, ["dense"], [0.5]), "'dense' has no budget to replay"),
+        (lambda r: wb.replay(r, ["quest"], [0.5]), "'quest' selects what each step reads.*run it live"),
+        (lambda r: wb.replay(r, ["mpcache"], [0.5]), "'mpcache' selects what each step reads.*run it live"),
+        (lambda r: wb.replay(r, ["ems"], [0.5]), "'ems' changes K and V of the tokens it keeps.*run it live"),
+        (lambda r: wb.replay(r, ["h2o:positions=slot"], [0.5]), "which no recording holds; run it live"),
         (lambda r: wb.replay(r, [], [0.5]), "nothing to replay"),
         (lambda r: wb.replay(r, ["h2o"], []), "nothing to replay"),
         (lambda r: wb.replay(r, ["h2"], [0.5]), "no method named 'h2'"),

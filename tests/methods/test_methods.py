@@ -15,8 +15,11 @@ from workbench.methods import METHODS, describe, parse_method
 from workbench.probes.rotation import Rotation
 from workbench.testing import calibrate_all, ids, random_gemma, random_llama
 
-EVICTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
-AFTER_THE_PROMPT = [cls for cls in EVICTING if THINNING not in cls.needs]
+ACTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
+SELECTING = [cls for cls in ACTING if cls.selects]
+EVICTING = [cls for cls in ACTING if cls not in SELECTING]
+"""Methods whose budget is what they keep; that of those that select is what a decode step reads (`test_selection.py`)."""
+AFTER_THE_PROMPT = [cls for cls in ACTING if THINNING not in cls.needs]
 """Methods that leave the prompt's computation as it is."""
 
 
@@ -29,9 +32,9 @@ def lm(request, tiny) -> wb.LM:
     return calibrate_all(wb.load((random_llama(request.param), tiny.tokenizer)))
 
 
-def small(cls, budget):
+def small(cls, budget, **knobs):
     """The method with knobs that fit prompts of a few dozen tokens, and models nothing was trained for."""
-    fitting = {"window": 2 if cls.name == "lazy-eviction" else 8, "mode": "pseudo"}
+    fitting = {"window": 2 if cls.name == "lazy-eviction" else 8, "mode": "pseudo", "page": 4, "dense_layers": 0, **knobs}
     return cls(budget=budget, **{name: value for name, value in fitting.items() if name in cls.__dataclass_fields__})
 
 
@@ -56,13 +59,15 @@ def state(keys=None, positions=None, capacity=4, mass=None, queries=None, scalin
     return LayerState(keys, keys, positions, torch.tensor([capacity]), scaling, 0, 1, phase, queries, mass)
 
 
-@pytest.mark.parametrize("cls", EVICTING, ids=named)
+@pytest.mark.parametrize("cls", ACTING, ids=named)
 @pytest.mark.parametrize("budget", [1.0, 30, 1000])
 def test_budget_of_the_whole_prompt_is_dense_bit_for_bit(lm, cls, budget):
     prompt = ids(30)[0].tolist()
     dense, session = wb.Session(lm), wb.Session(lm, small(cls, budget))
     assert torch.equal(session.prefill(prompt), dense.prefill(prompt))
     assert session.trace.table("evictions").empty
+    if cls in SELECTING and budget == 1000:
+        assert torch.equal(session.step([5]), dense.step([5]))
 
 
 @pytest.mark.parametrize("cls", AFTER_THE_PROMPT, ids=named)
@@ -104,7 +109,7 @@ def test_budget_is_met_and_memory_is_freed(lm, cls, budget):
     assert cache["nominal_bytes"].tolist() == [share * a_token for share in shares]
 
 
-@pytest.mark.parametrize("cls", EVICTING, ids=named)
+@pytest.mark.parametrize("cls", ACTING, ids=named)
 def test_evicted_positions_never_return(lm, cls):
     session = wb.Session(lm, small(cls, 0.3))
     session.prefill(ids(40)[0].tolist())
@@ -120,11 +125,14 @@ def test_evicted_positions_never_return(lm, cls):
                 heads[head] = now
 
 
-@pytest.mark.parametrize("cls", AFTER_THE_PROMPT, ids=named)
+@pytest.mark.parametrize("cls", [cls for cls in AFTER_THE_PROMPT if cls not in SELECTING], ids=named)
 def test_evicting_equals_masking_a_full_cache(lm, cls):
-    """Plain transformers with everything cached, and a mask of what the method evicted, gives the same logits."""
+    """Plain transformers with everything cached, and a mask of what the method evicted, gives the same logits.
+
+    A merge changes K and V of what stays, so EMS is run where it merges nothing.
+    """
     prompt = ids(40)[0].tolist()
-    session = wb.Session(lm, small(cls, 0.3))
+    session = wb.Session(lm, small(cls, 0.3, tau=2))
     session.prefill(prompt)
     anatomy = lm.anatomy.layers[0].attention
     cache = DynamicCache()
@@ -154,16 +162,18 @@ def test_evicting_equals_masking_a_full_cache(lm, cls):
         torch.testing.assert_close(session.step([token])[0], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cls", EVICTING, ids=named)
+@pytest.mark.parametrize("cls", ACTING, ids=named)
 def test_sliding_layers_are_left_alone(tiny, cls):
     lm = calibrate_all(wb.load((random_gemma(), tiny.tokenizer)))
-    method = small(cls, 0.2)
+    method = small(cls, 0.1)
     if THINNING in cls.needs:  # sliding layers cannot be thinned, so there is no thinning
         method = dataclasses.replace(method, before=1.0)
     session = wb.Session(lm, method)
-    session.prefill(ids(40)[0].tolist())
+    session.prefill(ids(200)[0].tolist())
     session.generate(4)
-    assert set(session.trace.table("evictions")["layer"]) == {1}
+    layers = {"evict": set(session.trace.table("evictions")["layer"])}
+    layers["select"] = set(session.trace.table("cache").query("op == 'select'")["layer"])
+    assert layers["evict"] == ({1} if cls().acts else set()) and layers["select"] == ({1} if cls in SELECTING else set())
 
 
 @pytest.mark.parametrize("cls", METHODS.values(), ids=named)

@@ -104,29 +104,38 @@ class Fired:
 
     def __str__(self) -> str:
         if self.due_steps == 0:
-            return "nothing to evict"
+            return "nothing to do"
         return f"fired on {self.layers}/{self.due_layers} layers, {self.steps}/{self.due_steps} steps"
 
 
 def fired(trace: Trace, must_evict: list[int]) -> Fired:
-    """Counts the layers and steps where a method brought the cache within its budget, of those where it had to.
+    """Counts the layers and steps where a method did what it had to, and those where it had to.
 
-    It has to where a layer held more than its budget when it was the method's turn to decide: the engine writes a `due`
+    It has to evict where a layer held more than its budget when it was the method's turn to decide: the engine writes a `due`
     row there, and it must on the layers given. The method did if an `evict` row follows and what is held then, over rows
-    and kv heads, is no more than the layer's budget allows.
+    and kv heads, is no more than the layer's budget allows. It has to select where a layer held more than a decode step may
+    read: the engine writes a `select` row. The method did if the layer's attention read fewer slots than it held.
     """
     cache = trace.table("cache")
-    due = cache[cache["op"] == "due"]
-    if due.empty:
+    to_evict, to_select = cache[cache["op"] == "due"], cache[cache["op"] == "select"]
+    if to_evict.empty and to_select.empty:
         return Fired(0, len(must_evict), 0, 0)
     anatomy = trace.anatomy
     a_token = {
         layer.index: (layer.attention.head_dim + layer.attention.value_dim) * anatomy.element_bytes for layer in anatomy.layers
     }
     evicted = cache[cache["op"] == "evict"]
-    done = evicted[evicted["held_tokens"] * evicted["layer"].map(a_token) <= evicted["nominal_bytes"]]
-    every_layer = done.groupby("step")["layer"].nunique()
-    wanted = due.groupby("step")["layer"].nunique()
-    complete = sum(every_layer.get(step, 0) == count for step, count in wanted.items())
-    due_layers = len({*must_evict, *due["layer"]})
-    return Fired(int(done["layer"].nunique()), due_layers, int(complete), len(wanted))
+    evicted = evicted[evicted["held_tokens"] * evicted["layer"].map(a_token) <= evicted["nominal_bytes"]]
+    attention = trace.table("attention")
+    selected = attention[attention["kv_read"] < attention["kv_held"]]
+    done = _places(evicted) & _places(to_evict) | {(*place, "read") for place in _places(selected) & _places(to_select)}
+    due = _places(to_evict) | {(*place, "read") for place in _places(to_select)}
+    steps = {step for step, *_ in due}
+    missed = {step for step, *_ in due - done}
+    due_layers = {*must_evict, *(layer for _, layer, *_ in due)}
+    return Fired(len({layer for _, layer, *_ in done}), len(due_layers), len(steps - missed), len(steps))
+
+
+def _places(rows: pd.DataFrame) -> set[tuple[int, int]]:
+    """The steps and layers of some rows."""
+    return set(zip(rows["step"].tolist(), rows["layer"].tolist(), strict=True))

@@ -17,7 +17,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from workbench.engine.call import Call, Waiting
 from workbench.engine.joint import divide, divides
+from workbench.engine.placing import placed
 from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState, kept_beside
+from workbench.engine.selection import Source, asks, pages_of, read_state, reads_beside
 from workbench.engine.stores.ragged import RaggedStore
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
@@ -54,6 +56,7 @@ class EngineLayer(CacheLayerMixin):
         self.call = call
         self.rotation: Rotation | None = None
         self.store: RectangularStore | RaggedStore = RectangularStore(kept_beside(policy))
+        self.pages = pages_of(policy, index)
         self._seen = 0
         self._scaling = 1.0
         self._rehearsing: _Rehearsing | None = None
@@ -93,8 +96,8 @@ class EngineLayer(CacheLayerMixin):
 
     @property
     def physical_bytes(self) -> int:
-        """Bytes allocated for this layer."""
-        return self.store.nbytes
+        """Bytes allocated for this layer, bounds on pages included."""
+        return self.store.nbytes + (self.pages.nbytes if self.pages is not None else 0)
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -119,36 +122,46 @@ class EngineLayer(CacheLayerMixin):
         Returns the output as transformers expects it, `[B, Q, Hq, D]`.
         """
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        options = {"softcap": softcap, "sinks": s_aux, "occupied": self.store.occupied, "window": self.attention.window}
+        own, (query, source) = query, self._source(query)
+        options = {"softcap": softcap, "sinks": s_aux, "occupied": source.occupied, "window": self.attention.window}
         asking = self.call.positions >= 0 if self.call.has_padding else None
-        out, kernel = self._output(query, scaling, options)
+        out, kernel = self._output(query, source, scaling, options)
         slots = self.store.mean_length if kernel == "ragged" else self.store.length
-        self.call.record_attention(self.index, self.attention, query.shape, slots, kernel)
+        selected = source.occupied if isinstance(source, Source) and source.length < slots else None
+        self.call.record_attention(self.index, self.attention, query.shape, slots, kernel, selected)
         if self.call.phase == REHEARSAL:
             self._foresee(query, scaling, options)
             return out.transpose(1, 2), None
         if observes(self.call.importance, query.shape[2]):
-            mass, window = attention_mass(self.call.importance, query, self.store.keys, scaling, asking=asking, **options)
-            spread = by_position(mass, self.store.positions, max(self.call.seen))
+            mass, window = attention_mass(self.call.importance, query, source.keys, scaling, asking=asking, **options)
+            spread = by_position(mass, source.positions, max(self.call.seen))
             self.call.masses.append((self.index, spread, window))
         if self.attention.window is not None:
             self.store.keep_last(self.attention.window - 1)
         self._record("append", query.shape[0] * query.shape[2])
         if self.policy is not None and self.waits(query, options):
-            self.call.waiting = [*self.call.waiting, Waiting(self, query, scaling)]
+            self.call.waiting = [*self.call.waiting, Waiting(self, own, scaling)]
         elif self.policy is not None:
-            self.finish(query, scaling, asking=asking, **options)
+            read = (query, source.keys) if isinstance(source, Source) else None
+            self.finish(own, scaling, read=read, asking=asking, **options)
         return out.transpose(1, 2), None
 
     def waits(self, query: torch.Tensor, options: dict) -> bool:
         """Whether the policy decides once all layers have run: at a decode step of plain attention, if it is rowwise."""
         plain = options["softcap"] is None and options["sinks"] is None and isinstance(self.store, RectangularStore)
-        return plain and self.policy.rowwise and self.call.phase == "decode" and query.shape[2] == 1
+        looks_back = self.policy.by_slot and MASS in self.policy.needs  # at keys as attention took them
+        alike = self.policy.rowwise and self.pages is None and not looks_back
+        return plain and alike and self.call.phase == "decode" and query.shape[2] == 1
 
-    def finish(self, query: torch.Tensor, scaling: float, **options: Any) -> None:
-        """What follows a call's attention: the policy observes it and decides, if it is its turn."""
+    def finish(
+        self, query: torch.Tensor, scaling: float, *, read: tuple[torch.Tensor, torch.Tensor] | None = None, **options: Any
+    ) -> None:
+        """What follows a call's attention: the policy observes it and decides, if it is its turn.
+
+        `read` are queries and keys as attention took them, if not as they are.
+        """
         if self.observing and MASS in self.policy.needs:
-            self.add_mass(query, scaling, **{"occupied": self.store.occupied, **options})
+            self.add_mass(*(read or (query, self.store.keys)), scaling, **{"occupied": self.store.occupied, **options})
         self.rule(query, scaling)
 
     def swap(self, policy: CachePolicy | None) -> None:
@@ -161,7 +174,7 @@ class EngineLayer(CacheLayerMixin):
         self.store.sort()
         if policy is not None and not policy.ragged:
             self.store = self.store.rectangular()
-        self.policy = policy
+        self.policy, self.pages = policy, pages_of(policy, self.index)
         self.store.replace_side(kept_beside(policy))
         self.undecided = True
 
@@ -169,21 +182,47 @@ class EngineLayer(CacheLayerMixin):
         """An independent copy that takes part in another session's calls."""
         other = copy.copy(self)
         other.store, other.call = self.store.clone(), call
+        other.pages = self.pages.clone() if self.pages is not None else None
         return other
 
-    def _output(self, query: torch.Tensor, scaling: float, options: dict) -> tuple[torch.Tensor, str]:
+    def _source(self, query: torch.Tensor) -> tuple[torch.Tensor, RectangularStore | RaggedStore | Source]:
+        """The queries and what they read: all that is held, as it is, unless the policy selects or goes by slots."""
+        policy, store = self.policy, self.store
+        if isinstance(store, RaggedStore) or policy is None:
+            return query, store
+        if self.pages is not None:
+            self.pages.add(store, query.shape[2])
+            may, must = asks(policy, self.pages, self.call, store)
+            if may:
+                state = read_state(query, self.pages, self.call, self.index, store)
+                source = self.pages.gather(store, policy.select(state)) or store
+                flops, moved = policy.selection_cost(state)
+                if must:
+                    self._record("select", 0)
+                self._record("score", 0, flops, moved + reads_beside(source, self.attention.num_kv_heads))
+                return query, source
+        if policy.by_slot and self.call.phase != "prefill":
+            turned = placed(query, store, self.rotation)
+            if turned is not None:
+                self._record("place", 0, 0, 2 * store.keys.nbytes)
+                return turned
+        return query, store
+
+    def _output(
+        self, query: torch.Tensor, source: RectangularStore | RaggedStore | Source, scaling: float, options: dict
+    ) -> tuple[torch.Tensor, str]:
         """Attention output `[B, Hq, Q, Dv]` and the kernel that computed it, which no method has a say in."""
         num_queries, window = query.shape[2], options["window"]
         plain = options["softcap"] is None and options["sinks"] is None
-        if plain and num_queries == 1 and isinstance(self.store, RaggedStore):
-            return ragged_decode_attention(query, *self.store.flat, scaling, longest=self.store.length), "ragged"
-        keys, values, occupied = self.store.keys, self.store.values, options["occupied"]
+        if plain and num_queries == 1 and isinstance(source, RaggedStore):
+            return ragged_decode_attention(query, *source.flat, scaling, longest=source.length), "ragged"
+        keys, values, occupied = source.keys, source.values, options["occupied"]
         if plain and num_queries == 1:
             seen = slice(0 if window is None else -window, None)
             occupied = None if occupied is None else occupied[:, :, seen]
             return decode_attention(query, keys[:, :, seen], values[:, :, seen], scaling, occupied=occupied), "decode"
         fits = window is None or num_queries <= window
-        if plain and fits and occupied is None and num_queries == self.store.length:
+        if plain and fits and occupied is None and num_queries == source.length:
             grouped = self.attention.group > 1
             causal = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
             return causal, "sdpa"
@@ -194,14 +233,14 @@ class EngineLayer(CacheLayerMixin):
         """Whether the policy observes this call."""
         return self.policy is not None and (self.undecided or self.call.phase in self.policy.observes)
 
-    def add_mass(self, query: torch.Tensor, scaling: float, **options: Any) -> None:
+    def add_mass(self, query: torch.Tensor, keys: torch.Tensor, scaling: float, **options: Any) -> None:
         """Adds what each key received: a second pass over the scores, so that the output is the same without it."""
         batch, num_q_heads, num_queries, head_dim = query.shape
-        received = column_mass(query, self.store.keys, scaling, **options)
+        received = column_mass(query, keys, scaling, **options)
         mass = self.store.side[MASS] + received.view(batch, self.attention.num_kv_heads, self.attention.group, -1).sum(2)
         self.store.put_side(MASS, mass)
         flops = column_mass_flops(batch, num_q_heads, num_queries, self.store.length, head_dim)
-        self._record("score", 0, flops, self.store.keys.nbytes + query.nbytes + 2 * mass.nbytes)
+        self._record("score", 0, flops, keys.nbytes + query.nbytes + 2 * mass.nbytes)
 
     def rule(self, query: torch.Tensor, scaling: float) -> None:
         """Lets the policy observe a call by its queries `[B, Hq, Q, D]`, and decide if it is its turn."""
@@ -324,18 +363,28 @@ class EngineLayer(CacheLayerMixin):
         keep = (self._keep_and_thin(state) if self._thins() else self.policy.keep(state)) & state.occupied
         dropped = torch.where(keep, -1, state.positions)
         num_dropped = int((dropped >= 0).sum())
+        into = self._merge(state, keep) if num_dropped and self.policy.merges else None
         if num_dropped and self.policy.ragged and isinstance(self.store, RectangularStore):
             self.store = RaggedStore.of(self.store)
         if num_dropped or num_absent:
-            self._evicted(dropped, self.store.keep(keep) if num_dropped else 0, num_absent)
+            self._evicted(dropped, self.store.keep(keep) if num_dropped else 0, num_absent, into)
 
-    def _evicted(self, dropped: torch.Tensor, moved: int, num_absent: int = 0) -> None:
+    def _merge(self, state: LayerState, keep: torch.Tensor) -> torch.Tensor:
+        """Lets what leaves change K and V of what stays. Returns the positions it was merged into, -1 for none."""
+        merged = self.policy.merge(state, keep)
+        self.store.keys.copy_(merged.keys)
+        self.store.values.copy_(merged.values)
+        return merged.into
+
+    def _evicted(self, dropped: torch.Tensor, moved: int, num_absent: int = 0, into: torch.Tensor | None = None) -> None:
         """Records an eviction: `dropped` `[B, H, N]` positions, -1 for what stays, and the bytes moved.
 
-        `num_absent` more tokens did not reach this layer and count as evicted from it.
+        `num_absent` more tokens did not reach this layer and count as evicted from it; `into` is where merged ones went.
         """
+        if self.pages is not None:
+            self.pages.rebuild(self.store)
         self._record("evict", int((dropped >= 0).sum()) + num_absent, 0, moved)
-        self.call.record_evictions([self.index], dropped)
+        self.call.record_evictions([self.index], dropped, into)
 
     def _thins(self) -> bool:
         """Whether only some tokens of a prompt go on after this layer."""
@@ -357,7 +406,7 @@ class EngineLayer(CacheLayerMixin):
         return int((absent >= 0).sum())
 
     def _record(self, op: str, op_tokens: int, extra_flops: int = 0, extra_bytes: int = 0) -> None:
-        row = (op, op_tokens, self.store.held_tokens(), self.store.nbytes, self._nominal_bytes(), extra_flops, extra_bytes)
+        row = (op, op_tokens, self.store.held_tokens(), self.physical_bytes, self._nominal_bytes(), extra_flops, extra_bytes)
         self.call.writer.add("cache", self.call.step, self.index, *row)
 
     def _nominal_bytes(self) -> int:
@@ -388,7 +437,7 @@ def engine_cache(model: nn.Module, anatomy: Anatomy, policy: CachePolicy | None,
 
 def _give_rotations(model: nn.Module, layers: list[EngineLayer], policy: CachePolicy | None) -> None:
     """Tells the layers how their keys were rotated, if the policy needs to know."""
-    if policy is not None and ROTATION in policy.needs:
+    if policy is not None and (ROTATION in policy.needs or policy.by_slot):
         acting = [layer.index for layer in layers if layer.attention.window is None]
         for index, rotation in rotations(model, acting).items():
             layers[index].rotation = rotation

@@ -89,10 +89,26 @@ class Call:
         self.positions = self.positions.gather(1, index).masked_fill(filling, -1)
         self.has_padding = min(self.thinned.counts) < length
 
-    def record_attention(self, layer: int, attention: Attention, shape: torch.Size, num_slots: int, kernel: str) -> None:
-        """Writes a layer's attention. `shape` is that of the queries, `[B, Hq, Q, D]`; `num_slots` are held before it."""
+    def record_attention(
+        self,
+        layer: int,
+        attention: Attention,
+        shape: torch.Size,
+        num_slots: int,
+        kernel: str,
+        selected: torch.Tensor | None = None,
+    ) -> None:
+        """Writes a layer's attention.
+
+        `shape` is that of the queries, `[B, Hq, Q, D]`; `num_slots` are held before it. If only some of them are read by one
+        query, `selected` `[B, S, N]` says which of the N slots read by each of S heads it may see.
+        """
         batch, _, num_queries, _ = shape
         window = attention.window
+        if selected is not None:
+            pairs = round(int(selected.sum()) / selected.shape[1])
+            row = (batch, num_queries, selected.shape[2], num_slots, pairs, kernel, "selected")
+            return self.writer.add("attention", self.step, layer, *row)
         if self.has_padding:
             there = self.seen if self.thinned is None else self.thinned.counts
             pairs = sum(causal_pairs(min(num_queries, seen), seen, window) for seen in there)
@@ -103,14 +119,18 @@ class Call:
         kind = "causal" if window is None else "sliding"
         self.writer.add("attention", self.step, layer, batch, num_queries, read, kept, pairs, kernel, kind)
 
-    def record_evictions(self, layers: Sequence[int], dropped: torch.Tensor) -> None:
-        """Writes one row a dropped token. `dropped` `[L B, H, N]` holds their positions by layer and row, -1 elsewhere."""
+    def record_evictions(self, layers: Sequence[int], dropped: torch.Tensor, into: torch.Tensor | None = None) -> None:
+        """Writes one row a dropped token. `dropped` `[L B, H, N]` holds their positions by layer and row, -1 elsewhere.
+
+        `into` holds the positions of the tokens they were merged into, if they were.
+        """
         gone = dropped.ge(0)
         numbers, heads, _ = (index.cpu().numpy() for index in gone.nonzero(as_tuple=True))
         which, rows = np.divmod(numbers, len(dropped) // len(layers))
-        columns = rows, np.asarray(layers)[which], heads, dropped[gone].cpu().numpy()
+        merged = np.full(len(rows), -1) if into is None else into[gone].cpu().numpy()
+        columns = rows, np.asarray(layers)[which], heads, dropped[gone].cpu().numpy(), merged
         if len(rows) > _MANY_ROWS:
-            self.writer.add_columns("evictions", self.step, *columns, -1)
+            self.writer.add_columns("evictions", self.step, *columns)
             return
         for where in zip(*(column.tolist() for column in columns), strict=True):
-            self.writer.add("evictions", self.step, *where, -1)
+            self.writer.add("evictions", self.step, *where)

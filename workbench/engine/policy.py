@@ -83,6 +83,46 @@ class LayerState:
 
 
 @dataclass(frozen=True)
+class PageLevel:
+    """Bounds on the keys of P pages, `size` tokens held each; the last page of a head may hold fewer."""
+
+    size: int
+    highest: torch.Tensor
+    """`[B, H, P, D]` elementwise maximum of the keys of each page."""
+    lowest: torch.Tensor
+    """`[B, H, P, D]` their minimum."""
+    there: torch.Tensor
+    """`[B, H, P]` whether a page holds any token; the bounds of one that does not mean nothing."""
+
+
+@dataclass(frozen=True)
+class ReadState:
+    """What a method selects by, before the attention of a decode step; the new token is held already."""
+
+    query: torch.Tensor
+    """`[B, Hq, 1, D]`, rotated."""
+    levels: tuple[PageLevel, ...]
+    """One for each of the method's page sizes."""
+    layer: int
+    held: tuple[int, ...]
+    """Tokens that the fullest kv head of each row holds."""
+    prompt_tokens: tuple[int, ...]
+    """Of each row."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """K and V after a merge, and where the tokens that leave went."""
+
+    keys: torch.Tensor
+    """`[B, H, N, D]`; only those of the slots that stay matter."""
+    values: torch.Tensor
+    """`[B, H, N, Dv]`."""
+    into: torch.Tensor
+    """`[B, H, N]` position of the token that a slot's was merged into, -1 if into none."""
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """Tokens to run after the text and take back, so that a method sees what they look at."""
 
@@ -117,6 +157,12 @@ class CachePolicy(Protocol):
     """`at end` or `cascade` if layers divide the budget by what they report; None: by `allocate` alone."""
     every: int
     """After the prompt it decides each time so many more tokens have been seen: 1 is at every call."""
+    by_slot: bool
+    """Whether attention takes a token's rank among those held for its position, once tokens are missing."""
+    merges: bool
+    """Whether tokens that leave change K and V of those that stay: then `merge` is asked after `keep`."""
+    selects: bool
+    """Whether a decode step may read only some of what is held: pages that `select` chooses."""
 
     def capacity(self, prompt_tokens: int) -> int | None:
         """Tokens each kv head may keep after a prompt of this length, on average over layers; None: no bound."""
@@ -169,6 +215,26 @@ class CachePolicy(Protocol):
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
         """FLOPs and bytes one call of `keep` adds."""
+        ...
+
+    def merge(self, state: LayerState, keep: torch.Tensor) -> Merged:
+        """K and V of what stays, if the policy merges; `keep` is what it has just decided. `scoring_cost` includes it."""
+        ...
+
+    def page_sizes(self, layer: int) -> tuple[int, ...]:
+        """Tokens a page at each level of a layer, the largest first, if the policy selects there; it selects of the last."""
+        ...
+
+    def page_limits(self, held: int, prompt_tokens: int) -> tuple[int, int]:
+        """Fewest and most pages a head reads at a decode step when it holds so many tokens, if the policy selects."""
+        ...
+
+    def select(self, state: ReadState) -> torch.Tensor:
+        """`[B, H, P]` bool: the pages that are read, by kv head; `[B, Hq, P]` if each query head reads its own."""
+        ...
+
+    def selection_cost(self, state: ReadState) -> tuple[int, int]:
+        """FLOPs and bytes one call of `select` adds."""
         ...
 
 

@@ -138,7 +138,7 @@ class Session:
     @property
     def physical_bytes(self) -> int:
         """Bytes the cache really occupies."""
-        return sum(layer.store.nbytes for layer in self._cache.layers)
+        return sum(layer.physical_bytes for layer in self._cache.layers)
 
     def prefill(self, prompt: Prompt) -> torch.Tensor:
         """Reads a prompt, or a batch of them, and lets the method act at its end. Returns the next token's logits `[B, V]`.

@@ -127,7 +127,15 @@ def _at_budgets(given: Method | str, budgets: list[Budget], recording: Recording
     method = parse_method(given) if isinstance(given, str) else given
     if not isinstance(method, CacheMethod):
         raise UserError(f"{given!r} has no budget to replay; give methods that evict, such as 'h2o' or wb.SnapKV(window=16).")
-    if ROTATION in method.needs:
+    if method.selects:
+        raise UserError(
+            f"{method.name!r} selects what each step reads, which a replay of kept tokens cannot show; run it live."
+        )
+    if method.merges:
+        raise UserError(
+            f"{method.name!r} changes K and V of the tokens it keeps, which a replay takes as recorded; run it live."
+        )
+    if ROTATION in method.needs or method.by_slot:
         raise UserError(f"{method.name!r} needs to know how the model rotates keys, which no recording holds; run it live.")
     if THINNING in method.needs:
         raise UserError(

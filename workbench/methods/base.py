@@ -105,6 +105,13 @@ def budget_knob(default: Budget) -> Any:
     return knob(default, unit="fraction or tokens", help="Kept KV: a fraction (0, 1] of the prompt, or tokens a kv head.")
 
 
+def read_budget_knob(default: Budget) -> Any:
+    """The same knob of a method that selects: what it reads, not what it keeps."""
+    return knob(
+        default, unit="fraction or tokens", help="KV read a decode step: a fraction (0, 1] of the prompt, or tokens a kv head."
+    )
+
+
 def describe(cls: type[Method]) -> dict[str, Any]:
     """A method class as data: name, slot, summary, paper, knobs, deviations."""
     knobs = [
@@ -150,7 +157,7 @@ def parse_method(text: str) -> Method:
             raise UserError(f"Method {name!r} has no knob {key!r}; {knobs}.")
         if not equals or not value:
             raise UserError(f"Knob {key!r} of {name!r} needs a value, as in {key}={known[key].default}.")
-        given[key] = _parse_value(name, key, value)
+        given[key] = value if isinstance(known[key].default, str) else _parse_value(name, key, value)
     return cls(**given)
 
 

@@ -275,21 +275,24 @@ class Profile:
         if step is None:
             self._outside += not is_unobserved()
             return
-        self._asked.add(layer)
+        if self._layer_hooks:
+            self._asked.add(layer)
         batch, _, q_len, _ = query.shape
         kv_read = key.shape[2]
         window = options.get("sliding_window")
         mask = mask if isinstance(mask, torch.Tensor) else None
-        counted = step.pairs.get((id(mask), kv_read, window))
+        alike = (id(mask), kv_read, window)
+        counted = step.pairs.get(alike)
         if counted is None:
-            counted = step.pairs[id(mask), kv_read, window] = visible_pairs(q_len, kv_read, batch, mask, window)
+            counted = step.pairs[alike] = visible_pairs(q_len, kv_read, batch, mask, window)
             step.masks.append(mask)
         kind = "causal" if mask is None else "padded or sliding"
-        call = (layer, step.ran[layer])
+        call = (layer, step.ran[layer] if step.ran else 0)
         if call in step.attention:  # an attention that asks for the function twice, as a differential one does
             _, _, read_before, counted_before, *_ = step.attention[call]
             kv_read, counted = kv_read + read_before, counted + counted_before
-        step.counted_attention[call] += inside or 0
+        if inside:
+            step.counted_attention[call] += inside
         step.attention[call] = (batch, q_len, kv_read, counted, kernel, kind)
         if observes(self.importance, q_len):
             with unobserved():  # our own products are no part of a layer that is being checked
@@ -474,10 +477,16 @@ def _allocated_bytes(layer: Any) -> int | None:
     """Bytes of what a cache layer holds: keys and values, or states. None where a tensor hides how it is stored."""
     stores = {}
     for value in vars(layer).values():
-        for part in value if isinstance(value, list | tuple) else (value,):
+        if type(value) in _SCALARS:
+            continue
+        for part in value if isinstance(value, _SEQUENCES) else (value,):
             if type(part) is torch.Tensor and part.ndim > 1:
                 storage = part.untyped_storage()
                 stores[storage.data_ptr()] = storage.nbytes()
             elif isinstance(part, torch.Tensor) and part.ndim > 1:
                 return None
     return sum(stores.values())
+
+
+_SCALARS = {int, bool, float, str, type(None), torch.dtype, torch.device}
+_SEQUENCES = (list, tuple)

@@ -36,6 +36,11 @@ class Rotation:
         angles = positions[:, None, :, None] * self.frequencies
         return self._turned(states, angles.cos(), -angles.sin())
 
+    def moved(self, states: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        """States `[B, H, Q, D]`, rotated, as if each stood `by` `[B, H, Q]` positions further on."""
+        angles = by[..., None] * self.frequencies
+        return self._turned(states, angles.cos(), angles.sin()).to(states.dtype)
+
     def averaged(self, states: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
         """States `[B, H, Q, D]`, not yet rotated: their mean over `count` positions from `first` `[B]` on."""
         positions = first.view(-1, 1) + torch.arange(count, device=first.device)

@@ -46,7 +46,9 @@ TABLES: dict[str, pa.Schema] = {
             ("mask", _TEXT),
         ]
     ),
-    # One operation on one layer's cache. `held_tokens` = slots that hold a token, summed over batch rows and kv heads.
+    # One operation on one layer's cache: tokens appended, the method's turn to evict (`due`), eviction, more held than a decode
+    # step may read (`select`), scoring, keys turned to stand by slot (`place`) and so on. `held_tokens` = slots that hold a
+    # token, summed over batch rows and kv heads.
     "cache": pa.schema(
         [
             ("step", _INT),

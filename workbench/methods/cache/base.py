@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 import torch.nn.functional as F
 
-from workbench.engine.policy import LayerState, Rehearsal, Side
+from workbench.engine.policy import LayerState, Merged, ReadState, Rehearsal, Side
 from workbench.methods.base import Budget, Method, resolve_budget
 from workbench_kernels.attention_rows import attention_rows
 
@@ -33,6 +33,8 @@ class CacheMethod(Method):
     """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
     side: ClassVar[Mapping[str, Side]] = {}
     observes: ClassVar[frozenset[str]] = EVERY_STEP
+    merges: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     budget: Budget
 
@@ -45,6 +47,11 @@ class CacheMethod(Method):
     def every(self) -> int:
         """Tokens after the prompt between decisions."""
         return 1
+
+    @property
+    def by_slot(self) -> bool:
+        """Whether attention takes a token's rank among those held for its position."""
+        return False
 
     def with_budget(self, budget: Budget) -> Self:
         """The same method at another budget."""
@@ -59,7 +66,7 @@ class CacheMethod(Method):
         """Tokens each kv head may keep after a prompt of this length, on average over layers."""
         return resolve_budget(self.budget, prompt_tokens)
 
-    def allocate(self, prompt_tokens: int, num_layers: int) -> list[int]:
+    def allocate(self, prompt_tokens: int, num_layers: int) -> list[int] | None:
         """The same for each of the layers the method acts on, first to last: here as much for each."""
         return [self.capacity(prompt_tokens)] * num_layers
 
@@ -100,6 +107,26 @@ class CacheMethod(Method):
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
         """FLOPs (of matrix products) and bytes one decision adds."""
         return 0, 0
+
+    def merge(self, state: LayerState, keep: torch.Tensor) -> Merged:
+        """K and V of what stays: see `CachePolicy`."""
+        raise TypeError(f"{type(self).__name__} merges and must say how: define merge(state, keep).")
+
+    def page_sizes(self, layer: int) -> tuple[int, ...]:
+        """Tokens a page at each level: see `CachePolicy`."""
+        raise TypeError(f"{type(self).__name__} selects and must say of what: define page_sizes(layer).")
+
+    def page_limits(self, held: int, prompt_tokens: int) -> tuple[int, int]:
+        """Fewest and most pages a head reads at a decode step: see `CachePolicy`."""
+        raise TypeError(f"{type(self).__name__} selects and must say how much: define page_limits(...).")
+
+    def select(self, state: ReadState) -> torch.Tensor:
+        """The pages that are read: see `CachePolicy`."""
+        raise TypeError(f"{type(self).__name__} selects and must say what: define select(state).")
+
+    def selection_cost(self, state: ReadState) -> tuple[int, int]:
+        """FLOPs (of matrix products) and bytes one call of `select` adds."""
+        raise TypeError(f"{type(self).__name__} must say what selecting costs: define selection_cost(state).")
 
 
 def keep_top(scores: torch.Tensor, count: torch.Tensor, occupied: torch.Tensor) -> torch.Tensor:

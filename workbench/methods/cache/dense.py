@@ -22,6 +22,9 @@ class Dense(Method):
     rowwise: ClassVar[bool] = False
     observes: ClassVar[frozenset[str]] = frozenset()
     side: ClassVar[dict] = {}
+    by_slot: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     def capacity(self, prompt_tokens: int) -> None:
         """No bound."""

@@ -25,11 +25,18 @@ class H2O(CacheMethod):
     deviations: ClassVar[tuple[str, ...]] = (
         "Attention is summed over the query heads of a group, since the paper's code knows only one query head a kv head.",
         "Scores are kept by batch row; the paper's code sums them over the batch.",
-        "Keys keep the rotation of their true position; the paper's streaming variant rotates by cache slot.",
+        "By default positions are the true ones, as in the paper's plain variant; its streaming variant rotates by cache slot, "
+        "as positions=slot does (exactly, where a model's frequencies do not change with the length).",
     )
 
     budget: Budget = budget_knob(0.2)
     recent: float = knob(0.5, low=0.0, high=1.0, unit="share of budget", help="Share of the budget held by recent tokens.")
+    positions: str = knob("true", choices=("true", "slot"), help="Whether tokens stand at their own positions or close ranks.")
+
+    @property
+    def by_slot(self) -> bool:
+        """Whether tokens that stay close ranks."""
+        return self.positions == "slot"
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """The recent tokens, and among the others those of the highest accumulated attention."""

@@ -22,12 +22,19 @@ class StreamingLLM(CacheMethod):
     acts: ClassVar[frozenset[str]] = EVERY_STEP
     rowwise: ClassVar[bool] = True
     deviations: ClassVar[tuple[str, ...]] = (
-        "Keys keep the rotation of their true position; the paper caches unrotated keys and rotates by cache slot.",
+        "By default positions are the true ones; the paper caches unrotated keys and rotates by cache slot, as positions=slot "
+        "does (exactly, where a model's frequencies do not change with the length).",
         "The prompt is computed densely and cut at its end; the paper's demo evicts before each chunk.",
     )
 
     budget: Budget = budget_knob(0.2)
     sinks: int = knob(4, low=0, high=1024, unit="tokens", help="First tokens that always stay; they come out of the budget.")
+    positions: str = knob("true", choices=("true", "slot"), help="Whether tokens stand at their own positions or close ranks.")
+
+    @property
+    def by_slot(self) -> bool:
+        """Whether tokens that stay close ranks."""
+        return self.positions == "slot"
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """The first `sinks` tokens and as many recent ones as the budget leaves, at least one."""
