@@ -10,13 +10,14 @@ import torch
 
 import workbench as wb
 from workbench.cost.metrics import fired
-from workbench.engine.calibration import Calibration, Document, Needle
+from workbench.engine.calibration import Calibration, Document, Needle, Sample
 from workbench.engine.policy import LayerState
 from workbench.experiments.calibrate import observed
 from workbench.methods.cache.base import observe_window, pool_scores
-from workbench.methods.cache.budgets import by_error, by_gates
+from workbench.methods.cache.budgets import by_error, by_gates, two_groups
 from workbench.methods.cache.compress_kv import _output_error
 from workbench.methods.cache.duo_attention import _reach
+from workbench.methods.cache.uncomp import matrix_entropy
 from workbench.models.fingerprint import fingerprint
 from workbench.testing import calibrate_all, ids, random_llama
 
@@ -202,3 +203,106 @@ def test_a_batch_of_calibrated_duo_attention_is_each_row_alone(tiny):
     for _ in range(6):
         token = alone.logits.argmax(-1).item()
         torch.testing.assert_close(alone.step([token])[0], together.step([token, 7])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_matrix_entropy_worked_example():
+    """Of states on one line 0, of states that point anywhere 1, and half of that over half of the eigenvalues."""
+    generator = torch.Generator().manual_seed(0)
+    line = torch.randn(200, 1, generator=generator) * torch.randn(1, 8, generator=generator)
+    anywhere = torch.randn(4096, 8, generator=generator)
+    assert matrix_entropy(line, 1.0).item() == pytest.approx(0, abs=1e-6)
+    assert matrix_entropy(anywhere, 1.0).item() == pytest.approx(0.9997, abs=3e-4)
+    assert matrix_entropy(anywhere, 0.5).item() == pytest.approx(0.51, abs=0.01)
+    both = matrix_entropy(torch.stack([line, anywhere[:200]]), 0.5)
+    assert both.shape == (2,) and both[1] == matrix_entropy(anywhere[:200], 0.5)
+
+
+def test_uncomp_groups_keep_two_to_one():
+    assert two_groups([True, False, False, True], 384, 1000, 2.0) == [512, 256, 256, 512]
+    assert two_groups([True, False], 9, 10, 2.0) == [10, 8]  # no head has more than the prompt
+    assert two_groups([True, False], 1, 10, 60.0) == [1, 1]  # and none is empty
+    assert two_groups([True], 7, 10, 2.0) == [7]
+    for mean, ratio, high in itertools.product((1, 5, 30, 49), (1.0, 2.0, 7.5), ([1, 0], [1, 1, 0], [0, 1, 0, 1, 1, 0, 0, 1])):
+        budgets = two_groups([bool(each) for each in high], mean, 50, ratio)
+        assert sum(budgets) == mean * len(high) and min(budgets) >= 1 and max(budgets) <= 50
+
+
+def test_uncomp_groups_are_halves_by_majority():
+    """Queries of kv head 0 lie on one line in two texts of three and those of head 1 in the third; heads 2 and 3 never do."""
+    samples = []
+    for flat in (0, 0, 1):
+        state = layer_state(50, num_q_heads=8, num_kv_heads=4, seed=flat)
+        state.queries[:, 2 * flat : 2 * flat + 2] = torch.arange(50.0)[:, None] * torch.ones(8)
+        samples.append(Sample(Document(tuple(range(50)), 50), (state,), ()))
+    tables = wb.UNComp(rank=1.0).calibrate(samples)
+    assert tables["high"].sum() == 2 and not tables["high"][0, 0] and tables["entropy"].shape == (1, 4)
+    assert tables["entropy"][0, 0] < tables["entropy"][0, 1] < 0.75 < tables["entropy"][0, 2]
+
+
+def uncomp_session(tiny, num_kv_heads, high, **knobs) -> wb.Session:
+    lm = wb.load((random_llama(num_kv_heads), tiny.tokenizer))
+    method = wb.UNComp(**knobs)
+    tables = {"high": torch.tensor([high] * 3)}
+    known = Calibration(method.name, method.calibration_knobs(), fingerprint(lm), (0, 1, 2), {}, tables)
+    return wb.Session(lm, method.with_calibration(known))
+
+
+def test_uncomp_holds_its_two_budgets_from_the_prompt_on(tiny):
+    session = uncomp_session(tiny, 4, [True, False, False, True], budget=18, window=4)
+    session.prefill(ids(60))
+    for _ in range(8):
+        assert held_by_head(session) == [[24, 12, 12, 24]] * 3
+        session.step()
+
+
+@pytest.mark.parametrize("budget", [9, 30])
+def test_uncomp_of_equal_budgets_is_snapkv_at_the_end_of_the_prompt(tiny, budget):
+    """With a query head for each kv head, since a group is averaged before it is pooled."""
+    session = uncomp_session(tiny, 4, [True, False, False, True], budget=budget, window=4, ratio=1.0)
+    snapkv = wb.Session(session.lm, wb.SnapKV(budget=budget, window=4, kernel=7, pooling="max"))
+    for each in (session, snapkv):
+        each.prefill(ids(60))
+    for ours, theirs in zip(session._cache.layers, snapkv._cache.layers, strict=True):
+        assert torch.equal(ours.store.positions.sort(-1).values, theirs.store.positions.sort(-1).values)
+
+
+def test_uncomp_keeps_what_a_plain_loop_over_the_last_rows_keeps(tiny):
+    """Layer 0, whose queries and keys no eviction changes, over a prompt and ten steps; two query heads a kv head."""
+    window, kernel, steps = 4, 5, 10
+    session = uncomp_session(tiny, 2, [False, True], budget=12, window=window, kernel=kernel)
+    recording = wb.record(session.lm, ids(40), new_tokens=steps)
+    layer, tokens = recording.layers[0], recording.trace.table("tokens")["id"].tolist()
+    session.prefill(ids(40))
+    held = [list(range(40)), list(range(40))]
+    rows = [[], []]
+    for now in range(39, 39 + steps):
+        if now > 39:
+            session.step([tokens[now]])
+        for head, count in enumerate((8, 16)):
+            if now > 39:
+                held[head].append(now)
+            for position in range(40 - window, 40) if now == 39 else [now]:
+                seen = [j for j in held[head] if j <= position]
+                weights = torch.stack(
+                    [
+                        (layer.keys[head, seen] @ layer.queries[2 * head + g, position] * layer.scaling).softmax(0)
+                        for g in range(2)
+                    ]
+                ).mean(0)
+                rows[head].append(dict(zip(seen, weights.tolist(), strict=True)))
+            votes = [sum(row.get(j, 0.0) for row in rows[head][-window:]) for j in held[head]]
+            votes = votes[:-window] + [0.0] * window
+            reach = kernel // 2
+            pooled = [max(votes[max(i - reach, 0) : i + reach + 1]) for i in range(len(votes) - window)]
+            best = sorted(range(len(pooled)), key=lambda i: (-pooled[i], i))[: count - window]
+            held[head] = [held[head][i] for i in sorted(best)] + held[head][-window:]
+        store = session._cache.layers[0].store
+        assert [sorted(set(head.tolist()) - {-1}) for head in store.positions[0]] == held
+
+
+def test_uncomp_side_state_is_counted(tiny):
+    session = uncomp_session(tiny, 2, [False, True], budget=12, window=4)
+    session.prefill(ids(40))
+    score = session.trace.table("cache").query("op == 'score' and layer == 0")
+    # 4 query heads x 4 queries x 40 keys x head size 8; the four rows of both kv heads are read when it decides
+    assert score["extra_flops"].tolist() == [2 * 4 * 4 * 40 * 8, 0] and score["extra_bytes"].tolist()[1] == 4 * 2 * 40 * 4

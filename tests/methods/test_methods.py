@@ -173,7 +173,7 @@ def test_sliding_layers_are_left_alone(tiny, cls):
     session.generate(4)
     layers = {"evict": set(session.trace.table("evictions")["layer"])}
     layers["select"] = set(session.trace.table("cache").query("op == 'select'")["layer"])
-    assert layers["evict"] == ({1} if cls.acts else set()) and layers["select"] == ({1} if cls in SELECTING else set())
+    assert layers["evict"] == ({1} if cls().acts else set()) and layers["select"] == ({1} if cls in SELECTING else set())
 
 
 @pytest.mark.parametrize("cls", METHODS.values(), ids=named)

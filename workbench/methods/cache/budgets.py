@@ -170,3 +170,18 @@ def by_gates(gates: Sequence[Sequence[float]], mean: int, longest: int, streamed
             budgets[layer] += 1
         spare -= len(roomy)
     return budgets
+
+
+def two_groups(high: Sequence[bool], mean: int, longest: int, ratio: float) -> list[int]:
+    """Budgets of kv heads that sum to `mean` a head: those of the high group get `ratio` times as much as the others.
+
+    None gets more than `longest` or, if the sum allows, less than one token; the other group makes up for it.
+    UNComp, Xiong et al. 2024, arXiv 2410.03090, and its code: 2 to 1.
+    """
+    total, num_high = mean * len(high), sum(high)
+    num_low = len(high) - num_high
+    low = max(total / (num_high * ratio + num_low), 1.0)
+    if num_low:
+        low = max(low, (total - num_high * longest) / num_low)
+    most = (total - num_low * low) / num_high if num_high else 0.0
+    return whole([most if is_high else low for is_high in high], total)

@@ -1,0 +1,131 @@
+"""UNComp: heads whose queries point many ways keep more. Xiong et al. 2024, arXiv 2410.03090."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from workbench.engine.calibration import Sample
+from workbench.engine.policy import QUERIES, LayerState, Side
+from workbench.methods.base import Budget, budget_knob, knob, register
+from workbench.methods.cache.base import (
+    EVERY_STEP,
+    CacheMethod,
+    keep_top,
+    observe_window,
+    observing_cost,
+    pool_scores,
+    recent,
+    reduce_heads,
+)
+from workbench.methods.cache.budgets import two_groups
+
+
+@register
+@dataclass(frozen=True)
+class UNComp(CacheMethod):
+    """Keeps more in kv heads of high query entropy; what the last few queries attend to stays, chosen anew at every step."""
+
+    name: ClassVar[str] = "uncomp"
+    paper: ClassVar[str] = "Xiong et al. 2024, arXiv 2410.03090"
+    needs: ClassVar[frozenset[str]] = frozenset({QUERIES})
+    acts: ClassVar[frozenset[str]] = EVERY_STEP
+    observes: ClassVar[frozenset[str]] = EVERY_STEP
+    ragged: ClassVar[bool] = True
+    calibrated_by: ClassVar[tuple[str, ...]] = ("rank",)
+    deviations: ClassVar[tuple[str, ...]] = (
+        "Hidden states are not thinned out in stages while the prompt is read: the paper's second half is left out.",
+        "Groups are of kv heads, by the mean entropy of their query heads, and their attention is averaged over the group "
+        "before it is pooled; the paper's code stores K and V for every query head.",
+        "The budget is the mean over heads and the groups' budgets follow from it and the ratio; the paper's code is given a "
+        "number of which the groups get 3/2 and 3/4, and cuts the low group in half even if the prompt is short.",
+        "Groups come from eight recall documents of 512 tokens by default, the paper's from 100 chunks of 4,096.",
+        "The window is at most half of a head's budget, so that small budgets still choose.",
+    )
+
+    budget: Budget = budget_knob(0.2)
+    window: int = knob(8, low=1, high=64, unit="tokens", help="Last queries whose attention counts; their own tokens stay.")
+    kernel: int = knob(
+        7, unit="tokens", help="Width of the max pooling that lifts a token's neighbours; odd.", choices=(1, 3, 5, 7, 9, 11, 13)
+    )
+    ratio: float = knob(2.0, low=1.0, high=64.0, help="How much more a head of high entropy keeps than one of low entropy.")
+    rank: float = knob(0.25, low=0.01, high=1.0, unit="share of head size", help="Eigenvalues the entropy is taken over.")
+
+    @property
+    def side(self) -> Mapping[str, Side]:
+        """Attention from each of the last queries, oldest first."""
+        return {f"row {number}": Side() for number in range(self.window)}
+
+    def calibrate(self, samples: Iterable[Sample]) -> dict[str, torch.Tensor]:
+        """`entropy` `[L, H]` of a kv head's queries, a text on average; `high` `[L, H]`, the half that is higher most often."""
+        texts = []
+        for sample in samples:
+            by_head = [matrix_entropy(state.queries[0], self.rank) for state in sample.layers]
+            texts.append(torch.stack([reduce_heads(each[None], sample.layers[0].keys.shape[1])[0] for each in by_head]).cpu())
+        entropy = torch.stack(texts)
+        votes = torch.stack([_upper_half(text) for text in texts]).double().mean(0)
+        mean = entropy.mean(0)
+        # Entropies are below one, so they only decide between heads that were voted for as often.
+        return {"entropy": mean.float(), "high": _upper_half(votes * (2 * len(texts)) + mean)}
+
+    def observe(self, state: LayerState) -> dict[str, torch.Tensor]:
+        """The rows of the last queries: those of this call, and before them what is left of the earlier ones."""
+        new = reduce_heads(observe_window(state, self.window), state.keys.shape[1])
+        asking = state.positions[:, :1, -new.shape[2] :] >= 0
+        earlier = torch.stack([state.side[name] for name in self.side], 2)
+        rows = torch.cat([earlier, new * asking[..., None]], 2)[:, :, -self.window :]
+        return dict(zip(self.side, rows.unbind(2), strict=True))
+
+    def observation_cost(self, state: LayerState) -> tuple[int, int]:
+        """The window's queries of the call over the keys: `2 Hq W N D` FLOPs; keys read, rows written, earlier ones moved."""
+        flops, moved = observing_cost(state, self.window)
+        return flops, moved + 2 * sum(tensor.nbytes for tensor in state.side.values())
+
+    def keep(self, state: LayerState) -> torch.Tensor:
+        """The window, and before it what its queries attend to most, in each head as many as its group allows."""
+        counts = self._counts(state)
+        windows = torch.minimum(counts.amin(1) // 2, state.newest.view(-1) + 1).clamp(1, self.window)
+        in_window = recent(state, windows)
+        scores = torch.stack([state.side[name] for name in self.side]).sum(0).masked_fill(in_window, 0)
+        # Neighbours are those in the text, of the tokens held; pooling makes them equal, so ties break in that order, too.
+        order = state.positions.argsort(dim=-1, stable=True)
+        pooled = pool_scores(scores.gather(-1, order), "max", self.kernel)
+        ranked = pooled.masked_fill(in_window.gather(-1, order), torch.inf)
+        stays = keep_top(ranked, counts, state.occupied.gather(-1, order))
+        return torch.empty_like(stays).scatter_(-1, order, stays)
+
+    def scoring_cost(self, state: LayerState) -> tuple[int, int]:
+        """The rows are read."""
+        return 0, sum(tensor.nbytes for tensor in state.side.values())
+
+    def _counts(self, state: LayerState) -> torch.Tensor:
+        """`[B, H]` tokens each head keeps."""
+        high = self.table("high", state).tolist()
+        rows = zip(state.capacity.tolist(), state.prompt_tokens.tolist(), strict=True)
+        counts = [two_groups(high, capacity, max(prompt, capacity), self.ratio) for capacity, prompt in rows]
+        return torch.tensor(counts, device=state.keys.device)
+
+
+def matrix_entropy(states: torch.Tensor, rank: float) -> torch.Tensor:
+    """Truncated entropy `[...]` of states `[..., T, D]`: 0 if they all lie on one line, near 1 if they point anywhere.
+
+    Of the covariance of the centred, normalised states, scaled to trace 1, the largest `rank` of its D eigenvalues count:
+    `-sum s log s / log D`.
+    """
+    centred = states.double() - states.double().mean(-2, keepdim=True)
+    unit = torch.nn.functional.normalize(centred, dim=-1)
+    size = states.shape[-1]
+    covariance = unit.transpose(-1, -2) @ unit
+    covariance = covariance / covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=1e-10)
+    values = torch.linalg.eigvalsh(covariance).flip(-1).clamp(min=1e-10)[..., : max(1, round(rank * size))]
+    return -(values * values.log()).sum(-1) / math.log(size)
+
+
+def _upper_half(scores: torch.Tensor) -> torch.Tensor:
+    """`[L, H]` whether a head is in the upper half of its layer, the middle one of an odd number included."""
+    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return rank < (scores.shape[-1] + 1) // 2
