@@ -8,6 +8,7 @@ from __future__ import annotations
 import streamlit as st
 
 import workbench as wb
+from workbench.cli import DEMO_METHODS
 from workbench.models.catalogue import catalogue
 from workbench.report import table_html
 
@@ -27,7 +28,7 @@ def choose() -> tuple[str, wb.workloads.Workload, list[str]] | None:
         context = st.slider("Context (tokens)", 128, 1024, 384, 64)
         samples = st.slider("Samples", 1, 16, 4)
         names = [name for name, cls in wb.METHODS.items() if cls.slot == "cache" and name != "dense"]
-        methods = st.multiselect("Methods", names, default=names)
+        methods = st.multiselect("Methods", names, default=list(DEMO_METHODS))
         budgets = st.multiselect("Budgets (share of the prompt)", [0.9, 0.75, 0.5, 0.35, 0.2, 0.1], default=[0.5, 0.2])
         if not st.form_submit_button("Compare", type="primary"):
             return None

@@ -51,23 +51,18 @@ def plain(lm: wb.LM, prompt: torch.Tensor, new_tokens: int) -> float:
 def timed_decisions() -> Iterator[list[float]]:
     """Seconds of each layer's share of a method, while the block runs."""
     seconds: list[float] = []
-    before = {name: getattr(EngineLayer, name) for name in ("_decide", "_add_mass")}
+    finish = EngineLayer.finish
 
-    def timed(method):
-        def run(*args):
-            started = time.perf_counter()
-            method(*args)
-            seconds.append(time.perf_counter() - started)
+    def timed(*args, **options) -> None:
+        started = time.perf_counter()
+        finish(*args, **options)
+        seconds.append(time.perf_counter() - started)
 
-        return run
-
-    for name, method in before.items():
-        setattr(EngineLayer, name, timed(method))
+    EngineLayer.finish = timed
     try:
         yield seconds
     finally:
-        for name, method in before.items():
-            setattr(EngineLayer, name, method)
+        EngineLayer.finish = finish
 
 
 def session(lm: wb.LM, method: wb.Method | None, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float, float]:

@@ -22,6 +22,8 @@ from workbench.plots.score_map import score_map, score_table
 from workbench.trace.comparison import Comparison
 from workbench.workloads.base import parse_workload
 
+WIDTH = 500
+"""Pixels of each map."""
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -45,14 +47,14 @@ def run(model: str, samples: int, options: argparse.Namespace) -> Comparison:
     return wb.compare(lm, workload, setups, out=options.out, on_progress=lambda *done: print(model, *done, flush=True))
 
 
-def photograph(pages: Path, picture: Path, height: int) -> None:
+def photograph(page: Path, picture: Path, width: int, height: int) -> None:
     """Takes a picture of a page. Says so if there is no browser to do it with."""
     browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if browser is None:
         print("There is no Chromium, so no picture was taken.")
         return
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size=1500,{height}"]
-    subprocess.run([browser, *flags, f"--screenshot={picture}", pages.resolve().as_uri()], check=True, capture_output=True)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},{height}"]
+    subprocess.run([browser, *flags, f"--screenshot={picture}", page.resolve().as_uri()], check=True, capture_output=True)
 
 
 def main() -> None:
@@ -73,14 +75,16 @@ def main() -> None:
         print(f"\n{model}: score by budget\n{score_table(comparison).to_string(float_format='{:.2f}'.format)}\n")
         figures.append(score_map(comparison))
     page = options.out / "scores.html"
-    maps = "".join(
-        f"<td>{figure.to_html(full_html=False, include_plotlyjs='inline' if not number else False)}</td>"
+    maps = [
+        figure.update_layout(width=WIDTH).to_html(
+            full_html=False, include_plotlyjs="inline" if not number else False, config={"displayModeBar": False}
+        )
         for number, figure in enumerate(figures)
-    )
-    page.write_text(f"<meta charset='utf-8'><table style='table-layout:fixed;width:100%'><tr>{maps}</tr></table>")
+    ]
+    page.write_text("<meta charset='utf-8'><body style='display: flex; margin: 0'>" + "".join(maps))
     print(f"Maps: {page}")
     if options.picture:
-        photograph(page, options.picture, int(figures[0].layout.height) + 20)
+        photograph(page, options.picture, WIDTH * len(figures), max(int(figure.layout.height) for figure in figures))
 
 
 if __name__ == "__main__":
