@@ -31,6 +31,7 @@ LAYERS = {
     "experiments": {"errors", "trace", "cost", "models", "probes", "engine", "methods", "workloads", "kernels"},
     "plots": {"errors", "trace", "cost"},
     "report": {"errors", "trace", "plots"},
+    "terminal": {"plots"},
     "doctor": {"errors", "folders", "models", "probes", "engine"},
     "testing": {"models", "engine", "experiments"},
     "kernels": {"kernels"},

@@ -20,11 +20,7 @@ from rich.table import Table
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from workbench.cost.roofline import Prediction
     from workbench.trace.check import Check
-    from workbench.trace.comparison import Comparison
     from workbench.trace.replay import Replay
     from workbench.workloads import Workload
 
@@ -50,9 +46,6 @@ _LISTS = ("--methods", "--budgets", "--contexts")
 
 DEMO_METHODS = ("streaming-llm", "h2o", "snapkv")
 DEMO_BUDGETS = (0.75, 0.5, 0.2)
-
-_BUSY = 0.9
-"""Share of a core below which a calibration says that the machine was busy."""
 
 _out = Console()
 _err = Console(stderr=True)
@@ -208,6 +201,7 @@ def predict(
     from workbench.cost.hardware import hardware as sheet
     from workbench.cost.roofline import predict as run
     from workbench.models.load import anatomy
+    from workbench.terminal import print_beside, print_prediction
     from workbench.trace.trace import Trace
 
     if (model is None) == (trace is None):
@@ -225,9 +219,9 @@ def predict(
         found = prediction.to_dict()
         _print_json(found if beside is None else {**found, "beside_measured": beside})
         return
-    _print_prediction(prediction)
+    print_prediction(prediction)
     if beside:
-        _print_beside(beside)
+        print_beside(beside)
 
 
 @app.command("hardware")
@@ -287,6 +281,7 @@ def replay(
     from workbench.experiments.replay import BUDGETS
     from workbench.experiments.replay import replay as run
     from workbench.models.load import load
+    from workbench.terminal import print_replay
     from workbench.trace.recording import Recording
 
     methods, budgets = method or list(DEMO_METHODS), [_budget(text) for text in budget or []] or list(BUDGETS)
@@ -323,7 +318,7 @@ def replay(
         paths = {name: None if path is None else str(path) for name, path in written.items()}
         _print_json({**_replay_dict(replayed, checked), **paths})
         return
-    _print_replay(replayed, checked)
+    print_replay(replayed, checked)
     for name, path in (("Recording", save), ("Written", out)):
         if path is not None:
             _out.print(f"{name}: {path}", highlight=False)
@@ -491,6 +486,7 @@ def doctor(
 
 def _measure_machine(as_json: bool) -> None:
     from workbench.experiments.machine import measure_machine, store
+    from workbench.terminal import print_machine
 
     with _progress(as_json) as advance:
         sheet = measure_machine(on_progress=advance)
@@ -498,19 +494,7 @@ def _measure_machine(as_json: bool) -> None:
     if as_json:
         _print_json({"written": str(path), "sheet": sheet.to_dict()})
         return
-    table = Table(title=sheet.label, title_justify="left")
-    for name in ("dtype", "products, at best", "weights read", "beside each layer", "beside each step"):
-        table.add_column(name, justify="left" if name == "dtype" else "right")
-    for dtype, rates in sheet.rates.items():
-        reads = f"{min(rates.reads.rates) / 1e9:.1f} to {max(rates.reads.rates) / 1e9:.1f} GB/s"
-        beside = [f"{1e6 * seconds:.0f} µs" for seconds in (rates.layer_s, rates.step_s)]
-        table.add_row(dtype, f"{sheet.peak_flops[dtype] / 1e9:.0f} GFLOP/s", reads, *beside)
-    _out.print(table)
-    if sheet.note:
-        _out.print(sheet.note, style="dim")
-    share = sheet.environment["cpu_share"]
-    if share < _BUSY:
-        _out.print(f"Only {share:.0%} of a core was free: calibrate again when the machine does nothing else.", style="yellow")
+    print_machine(sheet)
     _out.print(f"Kept as hardware this-machine: {path}", highlight=False)
 
 
@@ -521,61 +505,12 @@ def _beside(trace, device) -> list[dict[str, Any]] | None:
     return beside_measured(trace, device).to_dict("records") if device.rates else None
 
 
-def _print_prediction(prediction: Prediction) -> None:
-    from workbench.plots.theme import human_bytes
-
-    shape = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in prediction.shape.items())
-    about = f"{prediction.model} on {prediction.hardware.label}, {prediction.dtype}"
-    _out.print(f"[bold]{escape(about)}[/bold]" + (f" ({shape})" if shape else ""), highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for name in ("phase", "component"):
-        table.add_column(name, no_wrap=True)
-    for name in ("FLOPs", "bytes", "predicted", "share", "bound"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for phase in prediction.phases.itertuples():
-        for row in prediction.table[prediction.table["phase"] == phase.phase].itertuples():
-            share = f"{row.predicted_s / phase.predicted_s:.1%}"
-            counts = (f"{row.flops:.3g}", human_bytes(row.bytes), _human_seconds(row.predicted_s), share, row.bound)
-            table.add_row(phase.phase, row.component, *counts)
-        each = "" if phase.steps == 1 else f"{_human_seconds(phase.predicted_step_s)}/step"
-        total = (
-            f"{phase.flops:.3g}",
-            human_bytes(phase.bytes),
-            _human_seconds(phase.predicted_s),
-        )
-        table.add_row(phase.phase, "total", *total, "", each, style="bold", end_section=True)
-    _out.print(table)
-    memory = prediction.memory
-    parts = f"weights {human_bytes(memory.weights_bytes)} + KV cache {human_bytes(memory.kv_bytes)}"
-    verdict = "fits" if memory.fits else f"does not fit: the memory of {memory.devices} of them is needed"
-    _out.print(f"Memory: {parts} of {human_bytes(memory.memory_bytes)}: {verdict}.", highlight=False)
-    for note in prediction.notes:
-        _out.print(note, style="dim", highlight=False)
-
-
-def _print_beside(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Predicted beside measured, a step", title_justify="left")
-    for name in ("phase", "steps", "measured, median", "shortest to longest", "predicted", "error"):
-        table.add_column(name, justify="left" if name == "phase" else "right")
-    for row in rows:
-        spread = f"{_human_seconds(row['measured_low_s'])} to {_human_seconds(row['measured_high_s'])}"
-        times = (_human_seconds(row["measured_s"]), spread, _human_seconds(row["predicted_s"]), f"{row['error_percent']:+.1f}%")
-        table.add_row(row["phase"], str(row["steps"]), *times)
-    _out.print(table)
-
-
-def _human_seconds(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size or unit == "µs":
-            return f"{seconds / size:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
-    raise AssertionError
-
-
 def _compare(model: str, workloads: list[Workload], methods: list[str], out: Path, fresh: bool, as_json: bool) -> None:
     """Compares on each workload; the results of several lie in folders of their own, and what is finished in one."""
     from workbench.experiments.compare import compare as run
     from workbench.methods import parse_method
     from workbench.models.load import load
+    from workbench.terminal import print_comparison
 
     setups = [parse_method(text) for text in methods]
     lm = load(model)
@@ -591,7 +526,7 @@ def _compare(model: str, workloads: list[Workload], methods: list[str], out: Pat
         report = comparison.report(folder / "report.html")
         printed.append({**comparison.to_dict(), "report": str(report)})
         if not as_json:
-            _print_comparison(comparison)
+            print_comparison(comparison)
             _out.print(f"Report: {report}", highlight=False)
     if as_json:
         _print_json(printed[0] if len(printed) == 1 else {"comparisons": printed})
@@ -604,29 +539,6 @@ def _at_budgets(methods: list[str], budgets: list[float | int]) -> list[str]:
             raise UserError(f"{text!r} has a budget of its own; leave that or --budgets out.")
     joined = [f"{text}{',' if ':' in text else ':'}budget={budget}" for text in methods for budget in budgets]
     return joined if budgets else methods
-
-
-def _print_comparison(comparison: Comparison) -> None:
-    from workbench.plots.theme import human_bytes
-
-    about = comparison.about
-    _out.print(f"[bold]{about['workload']} on {about['model']}[/bold] ({comparison.settings})", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column("setup", overflow="fold")
-    for name in ("score", "KL", "KV held", "TTFT", "TPOT", "fired"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in comparison.rows:
-        fired = f"{row.fired_layers}/{row.layers} {row.fired_steps}/{row.steps}" if row.steps else "-"
-        times = [f"{1000 * seconds:.1f}" for seconds in (row.ttft_s, row.tpot_s)]
-        size = human_bytes(row.kv_physical_bytes)
-        table.add_row(row.setup, f"{row.score:.3f}", f"{row.kl_to_dense:.3f}", size, *times, fired)
-    _out.print(table)
-    _out.print("KL to dense: nats a token. TTFT, TPOT: ms. Fired: layers and steps acted on, of those due.", style="dim")
-    for heading, scores in (("question", comparison.turns), ("depth, %", comparison.depths)):
-        if scores.shape[1] > 1:
-            _print_scores(heading, scores)
-    if about["sliding_layers"]:
-        _out.print(f"{about['sliding_layers']} sliding-window layers were left alone.", style="dim")
 
 
 def _replay_dict(replayed: Replay, checked: Check | None) -> dict[str, Any]:
@@ -646,43 +558,6 @@ _REPLAY_FORMATS = {
     ".json": lambda path, replayed, checked: path.write_text(json.dumps(_replay_dict(replayed, checked), indent=1)),
 }
 """How a replay is written, by the file's suffix."""
-
-
-def _print_replay(replayed: Replay, checked: Check | None) -> None:
-    from workbench.plots.theme import human_bytes
-
-    about = replayed.about
-    size = f"{about['prompt_tokens']} + {about['steps']} tokens, {len(about['layers'])} layers"
-    _out.print(f"[bold]{about['model']}[/bold], {size}", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for name in ("method", "budget", "mass retained", "best possible", "output error", "KV held"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for point, row in zip(replayed.points, replayed.curves().to_dict("records"), strict=True):
-        shares = [f"{row[name]:.3f}" for name in ("mass_retained", "oracle_mass", "output_error")]
-        table.add_row(point.method, str(point.budget), *shares, human_bytes(row["bytes"]))
-    _out.print(table)
-    _out.print("Shares of attention, and of the attention output's length; means over layers, heads and steps.", style="dim")
-    if checked is None:
-        return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for name in ("run live", "error foretold", "KL", "top-1", "overlap"):
-        table.add_column(name, justify="left" if name == "run live" else "right")
-    for point in checked.points:
-        live = (f"{point.live_kl:.3f}", f"{point.live_top1:.3f}", f"{point.kept_overlap:.1%}")
-        table.add_row(point.setup, f"{point.predicted_error:.3f}", *live)
-    _out.print(table)
-    _out.print(str(checked), highlight=False)
-
-
-def _print_scores(heading: str, scores: pd.DataFrame) -> None:
-    """Scores by question or by depth."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column(f"score by {heading}", overflow="fold")
-    for name in scores.columns:
-        table.add_column(str(name), justify="right")
-    for setup, values in scores.iterrows():
-        table.add_row(str(setup), *(f"{value:.2f}" for value in values))
-    _out.print(table)
 
 
 def _budget(text: str) -> float | int:

@@ -149,4 +149,4 @@ def footprint(model: nn.Module) -> dict[str, Any]:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """What a module object holds beside its weights: names, and the keys of every hook table."""
-    return {name: list(value) if "hooks" in name else None for name, value in vars(module).items()}
+    return {name: list(value) if isinstance(value, dict) and "hooks" in name else None for name, value in vars(module).items()}
