@@ -10,6 +10,7 @@ import torch
 
 import workbench as wb
 import workbench.experiments.compare as comparing
+from workbench.experiments.cells import method_fingerprint
 from workbench.testing import random_llama
 
 METHODS = ["snapkv:budget=0.5", "streaming-llm:budget=0.3"]
@@ -103,3 +104,40 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tiny, workload, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(wb.UserError, match="Cannot write to"):
         wb.compare(tiny, workload, [], out=tmp_path / "file")
+
+
+def written(keeps_first: bool):
+    """A method as a notebook cell makes it, twice under one name."""
+
+    class Written(wb.SnapKV):
+        """Keeps one end of the text."""
+
+        name = "written"
+
+        if keeps_first:
+
+            def keep(self, state):
+                return state.positions < state.capacity.view(-1, 1, 1)
+        else:
+
+            def keep(self, state):
+                return state.positions > state.newest - state.capacity.view(-1, 1, 1)
+
+    return dataclasses.dataclass(frozen=True)(Written)(budget=0.5)
+
+
+def test_a_method_that_was_written_anew_is_run_anew(tiny, workload, tmp_path):
+    first = wb.compare(tiny, workload, [written(True)], out=tmp_path)
+    second = wb.compare(tiny, workload, [written(False)], out=tmp_path)
+    assert first.rows[1].setup == second.rows[1].setup and first.rows[1].kl_to_dense != second.rows[1].kl_to_dense
+    ran: list[str] = []
+    again = wb.compare(tiny, workload, [written(True)], out=tmp_path, on_progress=counting(ran))
+    assert again.rows == first.rows and all(entry.endswith("2/2") for entry in ran)
+
+
+def test_a_method_that_was_calibrated_anew_has_another_key(tiny):
+    method = wb.Setup(wb.CompressKV(budget=0.5)).ready(tiny).cache
+    tables = {name: tensor + 1 for name, tensor in method.calibration.tables.items()}
+    other = method.with_calibration(dataclasses.replace(method.calibration, tables=tables))
+    assert method_fingerprint(method) == method_fingerprint(wb.Setup(wb.CompressKV(budget=0.5)).ready(tiny).cache)
+    assert method_fingerprint(method) != method_fingerprint(other)

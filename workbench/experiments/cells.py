@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -10,10 +11,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
 
+from workbench.engine.setup import Method, Setup
 from workbench.errors import UserError
 from workbench.models.load import LM
 from workbench.probes.environment import environment
@@ -52,7 +55,7 @@ class Cells:
         except OSError as error:
             raise UserError(f"Cannot write to {out} ({error.strerror}); choose another folder.") from None
 
-    def read(self, setup: str, forced: Sequence[tuple]) -> Cell | None:
+    def read(self, setup: Setup, forced: Sequence[tuple]) -> Cell | None:
         """A finished cell, or None if there is none that fits. `forced` is what other setups must have been led along."""
         path = self._path(setup)
         if self._fresh or not path.exists():
@@ -66,7 +69,7 @@ class Cells:
         except (ValueError, KeyError, TypeError, UserError):
             return None
 
-    def write(self, setup: str, cell: Cell) -> None:
+    def write(self, setup: Setup, cell: Cell) -> None:
         """Keeps a finished cell. Raises UserError if it cannot be written."""
         path = self._path(setup)
         temporary, trace = path.with_suffix(".tmp"), path.with_suffix(".trace")
@@ -80,12 +83,12 @@ class Cells:
         except OSError as error:
             raise UserError(f"Cannot write {path} ({error.strerror}); make room, or choose another folder.") from None
 
-    def _whole_key(self, setup: str) -> dict[str, Any]:
-        return {**self._key, "setup": setup}
+    def _whole_key(self, setup: Setup) -> dict[str, Any]:
+        return {**self._key, "setup": setup.label, "methods": [method_fingerprint(each) for each in setup.methods.values()]}
 
-    def _path(self, setup: str) -> Path:
+    def _path(self, setup: Setup) -> Path:
         digest = hashlib.sha256(json.dumps(self._whole_key(setup), sort_keys=True).encode()).hexdigest()[:16]
-        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in setup).strip("-")
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in setup.label).strip("-")
         return self._directory / f"{name[:80]}-{digest}.json"
 
 
@@ -112,3 +115,22 @@ def model_fingerprint(lm: LM) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"
+
+
+def method_fingerprint(method: Method) -> str:
+    """CRC-32 of a method's own code and of what it was calibrated to: a class written anew in a notebook has another."""
+    crc = 0
+    for name, member in sorted(vars(type(method)).items()):
+        function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
+        if inspect.isfunction(function) and function.__module__ == type(method).__module__:
+            crc = zlib.crc32(f"{name} {_code(function.__code__)}".encode(), crc)
+    calibration = getattr(method, "calibration", None)
+    for name, tensor in sorted(calibration.tables.items()) if calibration is not None else ():
+        crc = zlib.crc32(f"{name} {tensor.tolist()}".encode(), crc)
+    return f"{crc:08x}"
+
+
+def _code(code: CodeType) -> str:
+    """What a function does, whichever line it stands on."""
+    constants = [_code(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    return repr((code.co_code.hex(), code.co_names, code.co_varnames, constants))

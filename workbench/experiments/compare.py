@@ -98,14 +98,14 @@ def compare(
     rows, traces = [], {}
     warm = False
     for setup in chosen:
-        done = cells.read(setup.label, _forced(references)) if cells is not None else None
+        done = cells.read(setup, _forced(references)) if cells is not None else None
         if done is None:
             if not warm:
                 _warm_up(lm, episodes[0])
                 warm = True
             done = _cell(lm, workload, setup, episodes, references, on_progress)
             if cells is not None:
-                cells.write(setup.label, done)
+                cells.write(setup, done)
         elif on_progress is not None:
             on_progress(setup.label, len(episodes), len(episodes))
         if not any(_forced(references)):  # dense, the first, was taken from the folder
