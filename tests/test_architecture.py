@@ -29,6 +29,7 @@ LAYERS = {
     "methods": {"errors", "registry", "trace", "engine", "kernels"},
     "workloads": {"errors", "registry", "texts", "models", "engine"},
     "experiments": {"errors", "trace", "cost", "models", "probes", "engine", "methods", "workloads", "kernels"},
+    "live": {"errors", "trace", "cost", "models", "engine", "experiments"},
     "plots": {"errors", "trace", "cost"},
     "report": {"errors", "trace", "plots"},
     "terminal": {"plots"},
