@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -32,6 +33,7 @@ MAPS: dict[str, tuple[Callable[[Snapshot], bool], Callable[[Snapshot], go.Figure
 }
 """Figures of one run: whether there is anything to draw, and the figure."""
 
+_NONE = "n/a"
 _HEIGHT = 300
 _TEXT_HEIGHT = 190
 _DRAWN = "live.drawn"
@@ -71,10 +73,10 @@ def _wanted(snapshots: Mapping[str, Snapshot], chosen: list[str]) -> dict[str, C
         if title in COLUMNS:
             column = COLUMNS[title]
             if any(seen.history[column].notna().any() for seen in snapshots.values()):
-                wanted[column] = lambda column=column: wb.plots.live_curve(snapshots, column)
+                wanted[column] = partial(wb.plots.live_curve, snapshots, column)
             continue
         there, make = MAPS[title]
-        wanted |= {f"{title}.{name}": lambda seen=seen: make(seen) for name, seen in snapshots.items() if there(seen)}
+        wanted |= {f"{title}.{name}": partial(make, seen) for name, seen in snapshots.items() if there(seen)}
     return wanted
 
 
@@ -94,15 +96,15 @@ def _numbers(seen: Snapshot) -> None:
         "Bytes a token": _of(token, "moved_bytes", human_bytes),
         "Entropy": _of(token, "entropy", lambda value: f"{value:.2f} nats"),
         "KL to dense": _of(token, "kl_to_dense", lambda value: f"{value:.2g} nats"),
-        "Agreement": "–" if agrees is None else f"{agrees:.0%}",
+        "Agreement": _NONE if agrees is None else f"{agrees:.0%}",
     }
     for place, (label, value) in zip(st.columns(5) * 2, shown.items(), strict=False):
         place.metric(label, value)
 
 
 def _of(row: pd.Series | None, column: str, write: Callable[[float], str]) -> str:
-    """A value of a row in words; a dash where there is none."""
-    return "–" if row is None or pd.isna(row[column]) else write(float(row[column]))
+    """A value of a row in words."""
+    return _NONE if row is None or pd.isna(row[column]) else write(float(row[column]))
 
 
 def _text(name: str, seen: Snapshot) -> None:
