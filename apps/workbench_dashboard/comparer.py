@@ -31,6 +31,7 @@ class Job:
     error: str | None = None
     id: str | None = None
     """Under which the result is kept."""
+    taken: bool = False
     called_off: threading.Event = field(default_factory=threading.Event)
     finished: threading.Event = field(default_factory=threading.Event)
 
@@ -54,16 +55,23 @@ class Comparer:
         self.name = name
         self.job: Job | None = None
 
-    def start(self, lm: wb.LM, workload: Workload, setups: Sequence[wb.Setup]) -> None:
+    def start(self, job: Job) -> None:
         """Begins a comparison, and calls off the one before."""
         self.cancel()
-        self.job = Job(lm, workload, setups)
-        threading.Thread(target=self._work, args=(self.job,), name=f"workbench compare {self.name}", daemon=True).start()
+        self.job = job
+        threading.Thread(target=self._work, args=(job,), name=f"workbench compare {self.name}", daemon=True).start()
 
     def cancel(self) -> None:
         """Calls the comparison off after the episode at hand. What setups have finished is kept."""
         if self.job is not None:
             self.job.called_off.set()
+
+    def take_new(self) -> str | None:
+        """The id of a result, once, as soon as there is one."""
+        if self.job is None or self.job.busy or self.job.taken:
+            return None
+        self.job.taken = True
+        return self.job.id
 
     def _work(self, job: Job) -> None:
         def advance(label: str, done: int, total: int) -> None:

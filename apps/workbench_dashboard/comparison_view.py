@@ -34,12 +34,19 @@ def draw(comparison: wb.Comparison, id: str) -> None:
         st.text("Mean score by where the answer stands, in percent of the context.")
         st.dataframe(comparison.depths, key="compare.depths")
     st.subheader("What each method kept", anchor=False)
-    label = st.selectbox("What was kept by", [name for name in comparison.traces if name != "dense"] or ["dense"], key="compare.kept")
+    label = st.selectbox(
+        "What was kept by", [name for name in comparison.traces if name != "dense"] or ["dense"], key="compare.kept"
+    )
     left, right = st.columns(2)
     with left:
         figures.show(wb.plots.kv_bytes(comparison.traces), "compare.bytes", _HEIGHT)
     with right:
         figures.show(wb.plots.cache_map(comparison.traces[label]), "compare.cache", _HEIGHT)
     st.download_button(
-        "Download the report", lambda: report_html(comparison), f"{id}.html", "text/html", key="compare.report", on_click="ignore"
+        "Download the report",
+        lambda: report_html(comparison),
+        f"{id}.html",
+        "text/html",
+        key="compare.report",
+        on_click="ignore",
     )

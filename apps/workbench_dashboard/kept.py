@@ -31,7 +31,9 @@ def keep(comparison: Comparison) -> str:
 def ids() -> list[str]:
     """All that are kept, the newest first."""
     found = _folder().glob("*/comparison.json")
-    return [path.parent.name for path in sorted(found, key=lambda path: -path.stat().st_mtime) if _ID.fullmatch(path.parent.name)]
+    return [
+        path.parent.name for path in sorted(found, key=lambda path: -path.stat().st_mtime) if _ID.fullmatch(path.parent.name)
+    ]
 
 
 def opened(id: str) -> Comparison:

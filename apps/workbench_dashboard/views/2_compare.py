@@ -16,7 +16,7 @@ from workbench_dashboard.comparer import Comparer, Job
 from workbench_dashboard.errors import errors_shown, show_error
 from workbench_dashboard.forms import budgets_input, dataclass_inputs
 from workbench_dashboard.models import choose_model
-from workbench_dashboard.plain import as_markdown, visible
+from workbench_dashboard.plain import as_markdown
 
 PERIOD_S = 0.5
 
@@ -24,7 +24,8 @@ PERIOD_S = 0.5
 def job_inputs() -> Job:
     """What the forms say. Raises UserError as they do."""
     lm = choose_model()
-    workload = st.selectbox("Workload", list(wb.workloads.WORKLOADS), index=_place("recall"), key="compare.workload")
+    workloads = list(wb.workloads.WORKLOADS)
+    workload = st.selectbox("Workload", workloads, index=workloads.index("recall"), key="compare.workload")
     st.caption(as_markdown(wb.workloads.WORKLOADS[workload].summary()))
     chosen = dataclass_inputs(wb.workloads.WORKLOADS[workload], "compare")
     names = [name for name in wb.METHODS if name != "dense"]
@@ -38,14 +39,10 @@ def job_inputs() -> Job:
     return Job(lm, chosen, [wb.Setup(method) for method in setups])
 
 
-def _place(name: str) -> int:
-    return list(wb.workloads.WORKLOADS).index(name)
-
-
 def _at_budgets(cls: type[wb.Method], budgets: list[float | int]) -> list[wb.Method]:
-    """The method at each budget, or once if it has none."""
+    """The method at each budget, or once by its defaults."""
     has_budget = "budget" in {field.name for field in dataclasses.fields(cls)}
-    return [cls(budget=budget) for budget in budgets] if has_budget else [cls()]
+    return [cls(budget=budget) for budget in budgets] if has_budget and budgets else [cls()]
 
 
 @errors_shown()
@@ -54,8 +51,6 @@ def progress(comparer: Comparer, was_busy: bool) -> None:
     if job is None:
         return
     if was_busy and not job.busy:
-        if job.id is not None:
-            st.query_params["id"] = job.id
         st.rerun()
     if job.busy:
         others = set(line_of(job.lm.model).names) - {comparer.name}
@@ -75,12 +70,14 @@ def opened(id: str) -> wb.Comparison:
 
 comparer = visitor.comparer()
 busy = comparer.job is not None and comparer.job.busy
+if (new := comparer.take_new()) is not None:
+    st.query_params["id"] = new
 asked = None
 with st.sidebar, errors_shown():
     asked = job_inputs()
 with st.container(horizontal=True, vertical_alignment="bottom"):
     if st.button("Compare", type="primary", key="compare.run", disabled=asked is None or busy):
-        comparer.start(asked.lm, asked.workload, asked.setups)
+        comparer.start(asked)
         st.query_params.pop("id", None)
         st.rerun()
     if st.button("Cancel", key="compare.cancel", disabled=not busy):
