@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +147,15 @@ def test_mass_and_error_are_those_of_attention_over_what_is_read(tiny, family, n
             assert point.output_error[number, head, step] == pytest.approx(float((out - full).norm() / full.norm()), abs=1e-4)
 
 
+def test_the_readme_names_the_methods_a_replay_does_not_serve(recording):
+    refused = [cls for cls in CACHE if cls not in SERVED]
+    for cls in refused:
+        with pytest.raises(wb.UserError, match="run it live"):
+            wb.replay(recording, [cls()], [0.5])
+    names = ", ".join(f"`{cls.name}`" for cls in refused)
+    assert f"`wb.replay` serves every cache method but {names}" in (Path(wb.__file__).parent.parent / "README.md").read_text()
+
+
 def test_the_whole_prompt_is_dense(recording):
     curves = wb.replay(recording, VARIANTS, [1000]).curves()
     assert np.allclose(curves["mass_retained"], 1, atol=1e-6) and np.allclose(curves["output_error"], 0, atol=1e-5)
@@ -153,8 +163,8 @@ def test_the_whole_prompt_is_dense(recording):
 
 
 def test_no_method_passes_the_oracle(recording):
-    curves = wb.replay(recording, VARIANTS, [1, 5, 0.2, 0.5, 0.8]).curves()
-    assert len(curves) == 5 * len(VARIANTS)
+    curves = wb.replay(recording, VARIANTS, [1, 0.2, 0.8]).curves()
+    assert len(curves) == 3 * len(VARIANTS)
     assert (curves["mass_retained"] <= curves["oracle_mass"] + 1e-6).all()
     assert (curves["oracle_mass"] < 1).all() and (curves["mass_retained"] > 0).all()
 
@@ -208,7 +218,7 @@ def test_budgets_replayed_together_are_those_replayed_alone(recording, method):
 
 
 def test_layers_side_by_side_give_what_they_give_one_after_another(recording):
-    methods = VARIANTS
+    methods = VARIANTS[::4]
     alone = wb.replay(recording, methods, [0.3]).curves()
     recording.derived.clear()
     threads = torch.get_num_threads()
