@@ -19,7 +19,7 @@ CACHE = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != 
 LIVE_ONLY = {"dapq", "lookahead-kv"}
 """Methods that rehearse tokens no recording holds, unless told otherwise."""
 REPLAYING = [cls for cls in CACHE if not cls.merges and not cls.selects]
-EVICTING = [cls for cls in REPLAYING if not {ROTATION, THINNING} & cls.needs and cls.name not in LIVE_ONLY]
+EVICTING = [cls for cls in REPLAYING if not {ROTATION, THINNING} & cls().needs and cls.name not in LIVE_ONLY]
 
 
 def small(cls, budget=0.5):
@@ -206,7 +206,7 @@ def test_misuse_is_one_sentence(recording, use, message):
         use(recording)
 
 
-@pytest.mark.parametrize("cls", [cls for cls in CACHE if ROTATION in cls.needs], ids=lambda cls: cls.name)
+@pytest.mark.parametrize("cls", [cls for cls in CACHE if ROTATION in cls().needs], ids=lambda cls: cls.name)
 def test_a_method_that_needs_more_than_a_recording_holds_is_refused(recording, cls):
     with pytest.raises(wb.UserError, match="which no recording holds; run it live"):
         wb.replay(recording, [cls()], [0.5])

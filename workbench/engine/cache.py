@@ -390,7 +390,7 @@ class EngineLayer(CacheLayerMixin):
         """Whether only some tokens of a prompt go on after this layer."""
         policy = self.policy
         thins = self.call.phase == "prefill" and THINNING in policy.needs
-        return thins and policy.thins_after(self.num_layers) == self.index
+        return thins and self.index in policy.thins_after(self.num_layers)
 
     def _keep_and_thin(self, state: LayerState) -> torch.Tensor:
         keep, passing = self.policy.keep_and_pass(state)
