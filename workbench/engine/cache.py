@@ -320,7 +320,7 @@ class EngineLayer(CacheLayerMixin):
 
     def _state(self, query: torch.Tensor | None, foresight: torch.Tensor | None = None) -> LayerState:
         store, call, keys = self.store, self.call, self.store.keys
-        side = store.side
+        side, dividing = store.side, query is None and foresight is None
         return LayerState(
             keys=keys,
             values=store.values,
@@ -336,7 +336,8 @@ class EngineLayer(CacheLayerMixin):
             side={name: side[name] for name in self.policy.side},
             share=torch.tensor(self.shares(), device=keys.device),
             since_prompt=call.since_prompt,
-            dividing=query is None and foresight is None,
+            dividing=dividing,
+            first=dividing or self.undecided or call.phase == "prefill",
             foresight=foresight,
         )
 

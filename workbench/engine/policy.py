@@ -65,6 +65,8 @@ class LayerState:
     """Tokens each row has seen after its prompt, those of this call included."""
     dividing: bool = False
     """Whether layers decide because they have just divided the budget: then there are no queries, since other layers ran."""
+    first: bool = False
+    """Whether the method has not decided on what is held before: at the end of the prompt, or after a swap."""
 
     @property
     def occupied(self) -> torch.Tensor:

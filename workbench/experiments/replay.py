@@ -358,6 +358,7 @@ def _decide(
         layer=scene.layer.layer,
         num_layers=scene.num_layers,
         phase="prefill" if step == 0 else "decode",
+        first=step == 0,
         queries=asked,
         mass=store.side.get(MASS),
         foresight=_foresight(scene, policy) if FORESIGHT in policy.needs else None,

@@ -17,8 +17,9 @@ from workbench.trace.store import TraceWriter
 
 
 def has_state(policy: CachePolicy) -> bool:
-    """Whether what a policy keeps at a step follows from more than one layer's cache at that step."""
-    return bool(policy.side) or policy.joint is not None or policy.every > 1
+    """Whether what a policy keeps at a step follows from more than one layer's cache and its budget at that step."""
+    grows = policy.grown(1, 1, 2) > 1
+    return bool(policy.side) or policy.joint is not None or policy.every > 1 or grows
 
 
 def gone_by_layer(recording: Recording, policy: CachePolicy) -> dict[int, torch.Tensor]:
