@@ -194,7 +194,7 @@ def test_swapping_between_ragged_and_rectangular_methods(lm):
         (None, 17),
         (wb.KNorm(budget=8), 8),
         (EveryStep(budget=6, window=2), 6),
-        (wb.DuoAttention(budget=5, sinks=1, recent=2), 5),
+        (wb.DuoAttention(budget=5, sinks=1, recent=2, gates="prompt"), 5),
     ]:
         before = [sets(layer.store) for layer in session._cache.layers]
         newest = len(session.tokens[0])
