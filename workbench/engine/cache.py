@@ -377,6 +377,7 @@ class EngineLayer(CacheLayerMixin):
     def _merge(self, state: LayerState, keep: torch.Tensor) -> torch.Tensor:
         """Lets what leaves change K and V of what stays. Returns the positions it was merged into, -1 for none."""
         merged = self.policy.merge(state, keep)
+        self.store = self.store.rectangular()  # of ragged ones K and V are copies, which cannot be written to
         self.store.keys.copy_(merged.keys)
         self.store.values.copy_(merged.values)
         return merged.into
