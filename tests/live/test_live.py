@@ -203,3 +203,16 @@ def test_a_player_nobody_watches_stops(lm):
     player.close()
     with pytest.raises(wb.UserError, match="closed"):
         player.play(1)
+
+
+def test_a_stop_holds_whatever_is_ordered_after_it(lm, player):
+    player.start(lm, None, PROMPT, 10_000)
+    until(lambda: player.snapshots)
+    player.stop()
+    player.swap(wb.StreamingLLM(budget=8))
+    player.wait(60)
+    stopped = len(player.snapshots["run"].history)
+    assert player.snapshots["run"].setup == "streaming-llm(budget=8)" and stopped < 1000
+    player.play(2)
+    player.wait(60)
+    assert len(player.snapshots["run"].history) == stopped + 2
