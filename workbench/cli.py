@@ -305,7 +305,7 @@ def replay(
         if text is None and prompt_tokens < 1:
             raise UserError(f"--prompt-tokens cannot be {prompt_tokens}; ask for 1 or more.")
         lm = load(source or model or "tiny-dense")
-        recorded = record(lm, _prompt_ids(lm, text, prompt_tokens), new_tokens=new_tokens)
+        recorded = record(lm, _prompt_ids(lm, text, prompt_tokens), new_tokens=new_tokens, rehearse=methods)
     replayed = run(recorded, methods, budgets)
     with _progress(as_json) as advance:
         checked = check_replay(lm, recorded, replayed, points=check_points, on_progress=advance) if check and lm else None

@@ -134,6 +134,15 @@ def test_stop_and_continue(lm, player):
     assert len(player.snapshots["run"].history) == stopped + 2
 
 
+def test_a_player_closed_between_two_tokens_ends(lm):
+    for _ in range(5):
+        player = Player(period_s=0.0)
+        player.start(lm, None, PROMPT, 10_000)
+        until(lambda player=player: player.snapshots)
+        player.close()
+        until(lambda player=player: player.status == "closed")
+
+
 def test_what_is_wrong_is_said_and_the_player_lives_on(lm, player):
     player.play(3)
     player.wait(20)

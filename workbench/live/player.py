@@ -189,7 +189,8 @@ class Player:
             if self._orders.empty():
                 self.status = "idle"
                 self._idle.set()
-        return self._orders.get()
+        # What `close` put there to wake this thread may have been taken between two tokens.
+        return _Order("closed", lambda: None) if self._closed.is_set() else self._orders.get()
 
     def _play(self, order: _Order | None) -> _Order | None:
         """Carries out an order, then decodes what is left, obeying orders between tokens. Returns one for another model."""
