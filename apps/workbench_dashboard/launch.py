@@ -17,6 +17,7 @@ OPTIONS = {
     "browser.gatherUsageStats": "false",
     "server.maxUploadSize": str(UPLOAD_MB),
     "server.fileWatcherType": "none",  # it would look into every module of torch and transformers
+    "runner.magicEnabled": "false",  # it would show every string that stands alone
     "client.showErrorDetails": "type",
     "client.toolbarMode": "minimal",
 }

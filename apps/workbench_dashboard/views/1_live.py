@@ -16,8 +16,7 @@ from workbench_dashboard.plain import visible
 from workbench_dashboard.prompts import prompt_input
 from workbench_dashboard.zips import zipped
 
-PERIOD_S = 0.3
-"""Seconds between two drawings of a run that goes on."""
+PERIOD_S = 0.4  # between two drawings of a run that goes on
 
 
 @dataclass
