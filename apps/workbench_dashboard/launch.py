@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from workbench.errors import UserError
+from workbench.plots.theme import KEPT_SCALE
 
 APP = Path(__file__).parent / "app.py"
 UPLOAD_MB = 200
@@ -20,6 +21,7 @@ OPTIONS = {
     "runner.magicEnabled": "false",  # it would show every string that stands alone
     "client.showErrorDetails": "type",
     "client.toolbarMode": "minimal",
+    "theme.primaryColor": KEPT_SCALE[1][1],
 }
 
 

@@ -74,7 +74,7 @@ def view(player: Player, lm: wb.LM | None, chosen: list[str], was_busy: bool) ->
     st.text(visible(f"{player.status.capitalize()}.{others}"))
     if player.error is not None:
         show_error(player.error)
-    live_view.draw(player.snapshots, chosen)
+    live_view.draw(player.snapshots, chosen, player.busy)
 
 
 def downloads(player: Player) -> None:
