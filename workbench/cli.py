@@ -459,6 +459,17 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
+def dashboard(
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8501,
+    host: Annotated[str, typer.Option(help="Address to listen on; whoever reaches it may load models.")] = "127.0.0.1",
+) -> None:
+    """Serve the dashboard to a browser until it is stopped."""
+    from workbench_dashboard.launch import launch
+
+    launch(host, port)
+
+
+@app.command()
 def doctor(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure what this machine reaches, for `workbench predict`; takes a minute.")

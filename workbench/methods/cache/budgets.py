@@ -1,7 +1,8 @@
-"""How a budget is divided over layers, or over the kv heads of a layer: pure functions of numbers, which methods share."""
+"""How tokens are divided over layers, or over the kv heads of a layer: pure functions of numbers, which methods share."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -185,3 +186,20 @@ def two_groups(high: Sequence[bool], mean: int, longest: int, ratio: float) -> l
         low = max(low, (total - num_high * longest) / num_low)
     most = (total - num_low * low) / num_high if num_high else 0.0
     return whole([most if is_high else low for is_high in high], total)
+
+
+def stages(entropies: Sequence[float], fall: float) -> list[int]:
+    """The stage of each layer, from 0: a new one begins where the entropy is more than `fall` below the layer before.
+
+    UNComp, Xiong et al. 2024, arXiv 2410.03090, and its code.
+    """
+    begins = (before - here > fall for before, here in itertools.pairwise(entropies))
+    return [0, *itertools.accumulate(map(int, begins))]
+
+
+def stage_size(stage: int, last: int, least: int, prompt_tokens: int) -> int:
+    """Tokens that reach a stage: all of them the first, `least` the last, and between them in even steps, rounded down.
+
+    `last` is the number of the last stage. UNComp, Xiong et al. 2024, arXiv 2410.03090, and its code.
+    """
+    return least + (prompt_tokens - least) // last * (last - stage) if stage else prompt_tokens
