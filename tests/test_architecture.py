@@ -29,6 +29,7 @@ LAYERS = {
     "methods": {"errors", "registry", "trace", "engine", "kernels"},
     "workloads": {"errors", "registry", "texts", "models", "engine"},
     "experiments": {"errors", "trace", "cost", "models", "probes", "engine", "methods", "workloads", "kernels"},
+    "live": {"errors", "trace", "cost", "models", "engine", "experiments"},
     "plots": {"errors", "trace", "cost"},
     "report": {"errors", "trace", "plots"},
     "terminal": {"plots"},
@@ -116,7 +117,8 @@ def test_kernels_is_no_package():
 def test_packages_in_pyproject_are_the_folders():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "workbench").rglob("__init__.py")}
-    names = {".".join(folder.parts) for folder in folders} | {"workbench_kernels"}
+    roots = {path.parent.name for root in ("kernels", "apps") for path in (ROOT / root).glob("*/__init__.py")}
+    names = {".".join(folder.parts) for folder in folders} | roots
     assert listed == sorted(names)
 
 

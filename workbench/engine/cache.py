@@ -62,6 +62,8 @@ class EngineLayer(CacheLayerMixin):
         self._rehearsing: _Rehearsing | None = None
         self.undecided = False
         """Whether the policy came by a swap and has not had its say on what is held."""
+        self.selected: torch.Tensor | None = None
+        """`[B, S, N]` positions the last call read, if the policy chose them: see `Source`."""
 
     # What transformers asks of a cache layer. Positions and masks are the session's business: it passes its own, so
     # the sizes given here serve no one.
@@ -122,7 +124,7 @@ class EngineLayer(CacheLayerMixin):
         Returns the output as transformers expects it, `[B, Q, Hq, D]`.
         """
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        own, (query, source) = query, self._source(query)
+        own, (query, source) = query, self.source(query)
         options = {"softcap": softcap, "sinks": s_aux, "occupied": source.occupied, "window": self.attention.window}
         asking = self.call.positions >= 0 if self.call.has_padding else None
         out, kernel = self._output(query, source, scaling, options)
@@ -185,9 +187,10 @@ class EngineLayer(CacheLayerMixin):
         other.pages = self.pages.clone() if self.pages is not None else None
         return other
 
-    def _source(self, query: torch.Tensor) -> tuple[torch.Tensor, RectangularStore | RaggedStore | Source]:
+    def source(self, query: torch.Tensor) -> tuple[torch.Tensor, RectangularStore | RaggedStore | Source]:
         """The queries and what they read: all that is held, as it is, unless the policy selects or goes by slots."""
         policy, store = self.policy, self.store
+        self.selected = None
         if isinstance(store, RaggedStore) or policy is None:
             return query, store
         if self.pages is not None:
@@ -197,6 +200,7 @@ class EngineLayer(CacheLayerMixin):
                 state = read_state(query, self.pages, self.call, self.index, store)
                 source = self.pages.gather(store, policy.select(state)) or store
                 flops, moved = policy.selection_cost(state)
+                self.selected = source.positions if isinstance(source, Source) else None
                 if must:
                     self._record("select", 0)
                 self._record("score", 0, flops, moved + reads_beside(source, self.attention.num_kv_heads))
@@ -373,6 +377,7 @@ class EngineLayer(CacheLayerMixin):
     def _merge(self, state: LayerState, keep: torch.Tensor) -> torch.Tensor:
         """Lets what leaves change K and V of what stays. Returns the positions it was merged into, -1 for none."""
         merged = self.policy.merge(state, keep)
+        self.store = self.store.rectangular()  # of ragged ones K and V are copies, which cannot be written to
         self.store.keys.copy_(merged.keys)
         self.store.values.copy_(merged.values)
         return merged.into

@@ -120,6 +120,11 @@ class Session:
         return [list(row) for row in self._tokens]
 
     @property
+    def steps(self) -> int:
+        """Forward calls of the model so far, rehearsals and those before a branch included."""
+        return self._call.step + 1
+
+    @property
     def logits(self) -> torch.Tensor:
         """`[B, V]` scores of the next token. Raises UserError before the prefill."""
         if self._logits is None:

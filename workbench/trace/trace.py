@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from workbench.errors import UserError
 from workbench.trace import store
@@ -87,24 +88,21 @@ class Trace:
 
     def select(self, *, phase: str | None = None, layers: Sequence[int] | None = None, steps: range | None = None) -> Trace:
         """The part of the trace in a phase, in some layers, or in a range of steps."""
-        frame = self.table("steps")
-        keep = pd.Series(True, index=frame.index)
+        steps_table = self.arrow("steps")
+        keep = pd.Series(True, index=range(steps_table.num_rows))
         if phase is not None:
             if phase not in PHASES:
                 raise UserError(f"There is no phase {phase!r}; the phases are {', '.join(PHASES)}.")
-            keep &= frame["phase"] == phase
+            keep &= steps_table["phase"].to_pandas() == phase
         if steps is not None:
-            keep &= frame["step"].isin(steps)
-        wanted_steps = frame.loc[keep, "step"]
+            keep &= steps_table["step"].to_pandas().isin(steps)
+        wanted = {"step": steps_table["step"].filter(pa.array(keep)), "layer": None if layers is None else pa.array(layers)}
         tables = {}
         for name, table in self._tables.items():
-            rows = table.to_pandas()
-            chosen = pd.Series(True, index=rows.index)
-            if "step" in rows:
-                chosen &= rows["step"].isin(wanted_steps)
-            if layers is not None and "layer" in rows:
-                chosen &= rows["layer"].isin(layers)
-            tables[name] = table.filter(pa.array(chosen.to_numpy(bool)))
+            for column, values in wanted.items():
+                if values is not None and column in table.column_names:
+                    table = table.filter(pc.is_in(table[column], values.cast(pa.int64())))
+            tables[name] = table
         return Trace(self.meta, tables)
 
     @staticmethod

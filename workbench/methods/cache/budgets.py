@@ -67,6 +67,25 @@ def whole(shares: list[float], total: int) -> list[int]:
     return budgets
 
 
+def in_proportion(wants: Sequence[float], rooms: Sequence[int], total: int) -> list[int]:
+    """Shares of `total` in proportion to `wants`, all above 0, in whole numbers, none above its room.
+
+    What one has no room for goes to the others, in proportion again; the sum is `total`, or that of the rooms if less.
+    """
+    shares = list(map(float, rooms))
+    open_ = list(range(len(wants)))
+    while open_:
+        rest = total - sum(rooms[index] for index in range(len(rooms)) if index not in open_)
+        wanted = sum(wants[index] for index in open_)
+        roomy = [index for index in open_ if rest * wants[index] < rooms[index] * wanted]
+        if len(roomy) == len(open_):
+            for index in open_:
+                shares[index] = rest * wants[index] / wanted
+            break
+        open_ = roomy
+    return whole(shares, min(total, sum(rooms)))
+
+
 def streaming(total: int, num_heads: int, longest: int, streamed: int) -> tuple[int, list[int]]:
     """How many of a layer's kv heads may keep all of `longest` tokens, and what each of the others keeps.
 
