@@ -68,9 +68,13 @@ class ReplayExplorer(Door):
         for picture in side_by_side.children:
             picture.layout.width = "50%"
         super().__init__([*choices, self.kept, side_by_side, w.HBox([self.column, self._progress]), self.curves])
+        self._setting = True
+        self.chooser.set(*_name_and_knobs(method)[:1], **_name_and_knobs(method)[1])
+        self._draw_curves()
         self.choose(method)
-        for control in (self.layer, self.step, self.column):
+        for control in (self.layer, self.step):
             control.observe(lambda _: self._moved(), "value")
+        self.column.observe(lambda _: self._draw_curves(), "value")
         wanted = list(offered if methods is None else methods)
         self._filling = threading.Thread(
             target=partial(self._fill, wanted, list(budgets)), name="workbench replay explorer", daemon=True
@@ -136,7 +140,7 @@ class ReplayExplorer(Door):
         self.kept.draw(plots.replay_map(one, point.setup, point.budget, self.step.value, layer, self._texts))
         self.mass.draw(plots.replay_steps(one, point.setup, point.budget, layer))
         self.lost.draw(plots.replay_steps(one, point.setup, point.budget, layer, "output_error"))
-        self._draw_curves()
+        self._ring(point)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits for the curves. Raises TimeoutError."""
@@ -151,18 +155,20 @@ class ReplayExplorer(Door):
             super().close()
 
     def _draw_curves(self) -> None:
-        figure = plots.replay_curves(self.replay, y=self.column.value)
-        point = self.point
+        """Draws the curves anew; a slider only moves the ring."""
+        curves = self._replay([self._known[label] for label in self._curves] or [self.point])
+        figure = plots.replay_curves(curves, y=self.column.value)
+        look = {"symbol": "circle-open", "size": 16, "line": {"width": 3}, "color": "#777777"}
+        figure.add_scatter(mode="markers", name="chosen", marker=look, hovertemplate="chosen<br>%{y:.4f}<extra></extra>")
+        self._curve_figure = figure
+        self._ring(self.point)
+
+    def _ring(self, point: Point) -> None:
         share = point.budget / self.recording.prompt_tokens if isinstance(point.budget, int) else point.budget
-        figure.add_scatter(
-            x=[share],
-            y=[float(getattr(point, self.column.value).mean())],
-            mode="markers",
-            name="chosen",
-            marker={"symbol": "circle-open", "size": 16, "line": {"width": 3}, "color": "#777777"},
-            hovertemplate="chosen<br>%{y:.4f}<extra></extra>",
-        )
-        self.curves.draw(figure)
+        ring = {"x": [share], "y": [float(getattr(point, self.column.value).mean())]}
+        with self._computing:
+            self._curve_figure.data[-1].update(ring)
+            self.curves.draw(self._curve_figure)
 
     def _point(self, method: Method) -> Point:
         """A method at its budget, computed once."""
