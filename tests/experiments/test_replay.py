@@ -21,14 +21,15 @@ from workbench.testing import calibrate_all, ids, random_llama, random_model
 
 PROMPT, NEW = 40, 10
 CACHE = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
-SERVED = [cls for cls in CACHE if THINNING not in cls.needs]
+SERVED = [cls for cls in CACHE if THINNING not in cls().needs]
 
 
 def small(cls, budget=0.5, **knobs):
     """The method with knobs that fit prompts of a few dozen tokens."""
     fitting = {"window": 2 if cls.name == "lazy-eviction" else 8, "mode": "pseudo", "horizon": NEW}
     fitting |= {"page": 4, "dense_layers": 0, "sinks": 2, "recent": 2 if cls.name == "duo-attention" else 0.5} | knobs
-    return cls(budget=budget, **{name: value for name, value in fitting.items() if name in cls.__dataclass_fields__})
+    own = cls.__dataclass_fields__.keys() - set(cls.calibrated_by or ())  # the models here are calibrated as by default
+    return cls(budget=budget, **{name: value for name, value in fitting.items() if name in own})
 
 
 def variants(cls) -> list:

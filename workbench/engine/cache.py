@@ -324,7 +324,7 @@ class EngineLayer(CacheLayerMixin):
 
     def _state(self, query: torch.Tensor | None, foresight: torch.Tensor | None = None) -> LayerState:
         store, call, keys = self.store, self.call, self.store.keys
-        side = store.side
+        side, dividing = store.side, query is None and foresight is None
         return LayerState(
             keys=keys,
             values=store.values,
@@ -340,7 +340,8 @@ class EngineLayer(CacheLayerMixin):
             side={name: side[name] for name in self.policy.side},
             share=torch.tensor(self.shares(), device=keys.device),
             since_prompt=call.since_prompt,
-            dividing=query is None and foresight is None,
+            dividing=dividing,
+            first=dividing or self.undecided or call.phase == "prefill",
             foresight=foresight,
         )
 
@@ -376,6 +377,7 @@ class EngineLayer(CacheLayerMixin):
     def _merge(self, state: LayerState, keep: torch.Tensor) -> torch.Tensor:
         """Lets what leaves change K and V of what stays. Returns the positions it was merged into, -1 for none."""
         merged = self.policy.merge(state, keep)
+        self.store = self.store.rectangular()  # of ragged ones K and V are copies, which cannot be written to
         self.store.keys.copy_(merged.keys)
         self.store.values.copy_(merged.values)
         return merged.into
@@ -394,7 +396,7 @@ class EngineLayer(CacheLayerMixin):
         """Whether only some tokens of a prompt go on after this layer."""
         policy = self.policy
         thins = self.call.phase == "prefill" and THINNING in policy.needs
-        return thins and policy.thins_after(self.num_layers) == self.index
+        return thins and self.index in policy.thins_after(self.num_layers)
 
     def _keep_and_thin(self, state: LayerState) -> torch.Tensor:
         keep, passing = self.policy.keep_and_pass(state)

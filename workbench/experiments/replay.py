@@ -399,6 +399,7 @@ def _decide(
         layer=scene.layer.layer,
         num_layers=scene.num_layers,
         phase="prefill" if step == 0 else "decode",
+        first=step == 0,
         queries=asked,
         mass=store.side.get(MASS),
         rotation=rotation(scene.layer) if ROTATION in policy.needs else None,

@@ -43,7 +43,7 @@ class Followed:
 
 def needs_layers(policy: CachePolicy) -> bool:
     """Whether what a policy keeps at a step, or what that gives, follows from more than K, V, queries and mass."""
-    growing = policy.ragged and "decode" in policy.acts
+    growing = (policy.ragged and "decode" in policy.acts) or policy.grown(1, 1, 2) > 1
     return bool(policy.side) or policy.joint is not None or policy.every > 1 or growing or _changes_attention(policy)
 
 
