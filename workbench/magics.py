@@ -31,7 +31,7 @@ class ProfileMagics(Magics):
     @argument("code", nargs="*", help="The statement (%%profile: the model's name instead).")
     @line_cell_magic
     def profile(self, line: str, cell: str | None = None) -> None:
-        """Records a trace of the statement or cell by `wb.profile` and shows its summary.
+        """Records a trace of the statement or cell by `wb.profile` and shows its summary, a row a phase.
 
         Examples: `%profile -o trace lm.model.generate(**prompt, max_new_tokens=16)`, and `%%profile lm -o trace` above a cell.
         """
@@ -47,11 +47,14 @@ class ProfileMagics(Magics):
             raise UserError("There is nothing to profile: write a statement behind %profile, or a cell below %%profile.")
         namespace = self.shell.user_ns
         model, tokenizer = find_model(namespace, given.model)
-        with profile(model, given.importance, spans=given.spans, tokenizer=tokenizer) as running:
-            run(self.shell, source)
-        if given.out:
-            namespace[given.out] = running.trace
-        display(running.trace)
+        running = profile(model, given.importance, spans=given.spans, tokenizer=tokenizer)
+        try:
+            with running:
+                run(self.shell, source)
+        finally:
+            if given.out:
+                namespace[given.out] = running.trace
+        display(running.trace.summary())
 
 
 def find_model(namespace: Mapping[str, Any], name: str | None) -> tuple[nn.Module, Any]:
@@ -60,6 +63,8 @@ def find_model(namespace: Mapping[str, Any], name: str | None) -> tuple[nn.Modul
         if name not in namespace:
             raise UserError(f"There is no variable {name!r}; give the name of an LM or a model, as in %%profile lm.")
         value = namespace[name]
+        if not isinstance(value, LM | nn.Module):
+            raise UserError(f"{name!r} is a {type(value).__name__}; give the name of an LM or a model, as in %%profile lm.")
         return (value.model, value.tokenizer) if isinstance(value, LM) else (value, None)
     named = {key: value for key, value in namespace.items() if not key.startswith("_")}
     models = {id(value): (key, value, None) for key, value in named.items() if isinstance(value, PreTrainedModel)}
