@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from workbench.errors import UserError
 from workbench.trace import store
 from workbench.trace.anatomy import Anatomy
-from workbench.trace.schema import HALF_FLOATS, PHASES, TABLES
+from workbench.trace.schema import PHASES, TABLES
 
 
 class Trace:
@@ -75,16 +75,14 @@ class Trace:
         return self.arrow(name).to_pandas()
 
     def sql(self, query: str) -> pd.DataFrame:
-        """Runs a DuckDB query over the tables. Raises UserError with DuckDB's message if it cannot."""
-        import duckdb
+        """Runs one SELECT of DuckDB's over the tables. It reaches no file, no network and no setting.
 
-        with duckdb.connect(config={"enable_external_access": False}) as connection:
-            for name, table in self._tables.items():
-                connection.register(name, _without_half_floats(table))
-            try:
-                return connection.execute(query).df()
-            except duckdb.Error as error:
-                raise UserError(f"The query failed: {str(error).splitlines()[0]}") from None
+        Raises UserError for anything else, and with DuckDB's message if it fails. `workbench.trace.query.limited` bounds time,
+        memory and rows as well.
+        """
+        from workbench.trace.query import query as run
+
+        return run(self._tables, query)
 
     def select(self, *, phase: str | None = None, layers: Sequence[int] | None = None, steps: range | None = None) -> Trace:
         """The part of the trace in a phase, in some layers, or in a range of steps."""
@@ -187,9 +185,3 @@ class Trace:
         title = html.escape(repr(self))
         setup = html.escape(self.setup)
         return f"<p><b>{title}</b> &nbsp; setup {setup}</p>" + self.summary().to_html(index=False)
-
-
-def _without_half_floats(table: pa.Table) -> pa.Table:
-    """The table with float16 lists widened, which DuckDB cannot read."""
-    wide = [field.with_type(pa.list_(pa.float32())) if field.type == HALF_FLOATS else field for field in table.schema]
-    return table.cast(pa.schema(wide))
