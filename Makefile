@@ -36,7 +36,7 @@ lint: $(VENV)/.dashboard
 	$(BIN)/pyright
 
 dashboard: $(VENV)/.dashboard
-	$(BIN)/streamlit run apps/dashboard.py --server.address=127.0.0.1 --browser.gatherUsageStats=false
+	$(BIN)/workbench dashboard
 
 lab: $(VENV)/.notebook
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks

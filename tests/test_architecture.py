@@ -119,7 +119,8 @@ def test_kernels_is_no_package():
 def test_packages_in_pyproject_are_the_folders():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "workbench").rglob("__init__.py")}
-    names = {".".join(folder.parts) for folder in folders} | {"workbench_kernels", "workbench.notebooks"}
+    roots = {path.parent.name for root in ("kernels", "apps") for path in (ROOT / root).glob("*/__init__.py")}
+    names = {".".join(folder.parts) for folder in folders} | roots | {"workbench.notebooks"}
     assert listed == sorted(names)
 
 

@@ -45,7 +45,7 @@ _HOMES = {
 }
 """Where each public name is defined. Method classes are not listed: the registry knows them."""
 
-_PACKAGES = ("plots", "workloads")
+_PACKAGES = ("plots", "widgets", "workloads")
 
 
 def __getattr__(name: str) -> Any:

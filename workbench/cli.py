@@ -305,7 +305,7 @@ def replay(
         if text is None and prompt_tokens < 1:
             raise UserError(f"--prompt-tokens cannot be {prompt_tokens}; ask for 1 or more.")
         lm = load(source or model or "tiny-dense")
-        recorded = record(lm, _prompt_ids(lm, text, prompt_tokens), new_tokens=new_tokens)
+        recorded = record(lm, _prompt_ids(lm, text, prompt_tokens), new_tokens=new_tokens, rehearse=methods)
     replayed = run(recorded, methods, budgets)
     with _progress(as_json) as advance:
         checked = check_replay(lm, recorded, replayed, points=check_points, on_progress=advance) if check and lm else None
@@ -476,6 +476,17 @@ def lab(
         names = ", ".join(path.name for path in kept)
         _out.print(f"Kept as they were, since they differ from those shipped: {names}", highlight=False, soft_wrap=True)
     start_lab(folder, port, browser)
+
+
+@app.command()
+def dashboard(
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8501,
+    host: Annotated[str, typer.Option(help="Address to listen on; whoever reaches it may load models.")] = "127.0.0.1",
+) -> None:
+    """Serve the dashboard to a browser until it is stopped."""
+    from workbench_dashboard.launch import launch
+
+    launch(host, port)
 
 
 @app.command()

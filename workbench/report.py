@@ -113,8 +113,8 @@ def replay_html(replay: Replay, check: Check | None) -> str:
 {_figure(plots.replay_curves(replay, check))}
 {_figure(plots.replay_curves(replay, check, "output_error"))}
 <p class="note">What each method would have kept of one recorded dense run. Mass retained: share of the decoded tokens'
-attention on what was held. Output error: distance of a head's output from the dense one, as a share of its length. Means
-over layers, heads and steps. Best possible: the most mass any kept set of that size retains.</p>
+attention on what was read. Output error: distance of a head's output from the dense one, as a share of its length. Means
+over layers, heads and steps. Best possible: the most mass any set of that size retains.</p>
 {live}
 <h2>Numbers</h2>
 {_frame(replay.curves())}

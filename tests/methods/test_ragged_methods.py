@@ -96,7 +96,7 @@ def test_streaming_shares_sum_to_the_total_and_fit():
 
 def test_duo_attention_keeps_whole_heads_and_streams_the_rest():
     state = layer_state(30, num_q_heads=8, num_kv_heads=4)
-    mask = wb.DuoAttention(budget=30, sinks=3, recent=5).keep(state)
+    mask = wb.DuoAttention(budget=30, sinks=3, recent=5, gates="prompt").keep(state)
     counts = mask.sum(-1)[0].tolist()
     # 120 of 200 slots; 120 - 4 x 8 = 88 is two whole heads of 50 - 8 more; 20 are left for two others
     assert sorted(counts) == [10, 10, 50, 50]
@@ -110,7 +110,8 @@ def test_duo_attention_keeps_whole_heads_and_streams_the_rest():
 def test_duo_attention_without_whole_heads_is_streaming_llm():
     for capacity in (2, 5, 20):
         state = layer_state(capacity)
-        duo, streaming_llm = wb.DuoAttention(budget=capacity, sinks=4, recent=30), wb.StreamingLLM(budget=capacity, sinks=4)
+        duo = wb.DuoAttention(budget=capacity, sinks=4, recent=30, gates="prompt")
+        streaming_llm = wb.StreamingLLM(budget=capacity, sinks=4)
         assert torch.equal(duo.keep(state), streaming_llm.keep(state))
 
 
@@ -138,9 +139,9 @@ def test_reach_is_that_of_a_plain_loop():
 def test_padding_counts_for_nothing(tiny):
     lm = wb.load((random_llama(4), tiny.tokenizer))
     prompts = [ids(length, seed=length)[0].tolist() for length in (60, 31)]
-    together = wb.Session(lm, wb.DuoAttention(budget=0.5, sinks=2, recent=5))
+    together = wb.Session(lm, wb.DuoAttention(budget=0.5, sinks=2, recent=5, gates="prompt"))
     together.prefill(prompts)
-    alone = wb.Session(lm, wb.DuoAttention(budget=0.5, sinks=2, recent=5))
+    alone = wb.Session(lm, wb.DuoAttention(budget=0.5, sinks=2, recent=5, gates="prompt"))
     alone.prefill(prompts[1])
     for both, one in zip(together._cache.layers, alone._cache.layers, strict=True):
         counts = (both.store.positions[1] >= 0).sum(-1).tolist()

@@ -168,6 +168,10 @@ def _place(name: str) -> str | Path:
         return gemma.directory()
     if not name.strip():
         raise UserError(f"A model needs a name; built in are {', '.join(builtin_names())}.")
+    try:
+        Path(name).exists()
+    except OSError as error:
+        raise UserError(f"{name[:60]!r}… cannot be the name of a model ({error.strerror}).") from None
     return name
 
 

@@ -1,11 +1,29 @@
 """Figures: functions of a value. None shows itself or writes a file."""
 
+from workbench.plots.attention_map import attention_map
 from workbench.plots.cache_map import cache_map
 from workbench.plots.components import components
+from workbench.plots.expert_load import expert_load
+from workbench.plots.held_map import held_map
 from workbench.plots.importance_map import importance_map
 from workbench.plots.kv_bytes import kv_bytes
+from workbench.plots.live_curve import live_curve
 from workbench.plots.pareto import pareto
 from workbench.plots.replay_curves import replay_curves
 from workbench.plots.roofline import roofline
+from workbench.plots.score_map import score_map
 
-__all__ = ["cache_map", "components", "importance_map", "kv_bytes", "pareto", "replay_curves", "roofline"]
+__all__ = [
+    "attention_map",
+    "cache_map",
+    "components",
+    "expert_load",
+    "held_map",
+    "importance_map",
+    "kv_bytes",
+    "live_curve",
+    "pareto",
+    "replay_curves",
+    "roofline",
+    "score_map",
+]

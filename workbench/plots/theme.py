@@ -13,7 +13,17 @@ PALETTE = (
     *("#332288", "#117733", "#999933", "#882255", "#CC6677", "#44AA99", "#DDCC77", "#88CCEE"),
 )
 DENSE_COLOUR = "#555555"
+MARK = "#777777"
+"""Lines and texts that say where something happened."""
 KEPT_SCALE = [[0.0, "#F4F4F4"], [1.0, "#0072B2"]]
+HELD_HEATMAP = {
+    "colorscale": KEPT_SCALE,
+    "zmin": 0,
+    "zmax": 1,
+    "colorbar": {"title": "share of<br>kv heads", "tickformat": ".0%"},
+}
+MASS_HEATMAP = {"colorscale": "Cividis", "colorbar": {"title": "log10<br>mass"}}
+LOAD_SCALE = KEPT_SCALE
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon")
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -32,6 +42,11 @@ def style(figure: go.Figure, title: str, x: str, y: str, height: int = 380) -> g
         legend={"orientation": "h", "y": -0.22},
     )
     return figure
+
+
+def note(figure: go.Figure, sentence: str) -> None:
+    """A sentence in the middle of a figure that has nothing to draw."""
+    figure.add_annotation(text=sentence, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False, font={"size": 14})
 
 
 def method_of(label: str) -> str:

@@ -1,0 +1,26 @@
+"""What belongs to one browser session: its player, which a closed tab frees."""
+
+from __future__ import annotations
+
+import itertools
+
+import streamlit as st
+
+from workbench.live import Player
+
+UNWATCHED_S = 30.0
+"""A run stops when its page has not been drawn for so long."""
+
+_numbers = itertools.count(1)
+
+
+@st.cache_resource(scope="session", show_spinner=False)
+def name() -> str:
+    """How others in a model's line see this session."""
+    return f"visitor {next(_numbers)}"
+
+
+@st.cache_resource(scope="session", on_release=Player.close, show_spinner=False)
+def player() -> Player:
+    """The player of this session's runs."""
+    return Player(name(), unwatched_s=UNWATCHED_S)
