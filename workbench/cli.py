@@ -541,6 +541,7 @@ def _compare(model: str, workloads: list[Workload], methods: list[str], out: Pat
     from workbench.experiments.compare import compare as run
     from workbench.methods import parse_method
     from workbench.models.load import load
+    from workbench.report import write_contexts_report
     from workbench.terminal import print_comparison
 
     setups = [parse_method(text) for text in methods]
@@ -548,19 +549,27 @@ def _compare(model: str, workloads: list[Workload], methods: list[str], out: Pat
     _check_writable(out)
     for workload in workloads:
         workload.episodes(lm)  # what does not fit is said before anything runs
-    printed = []
+    comparisons, printed = [], []
     for workload in workloads:
         folder = out if len(workloads) == 1 else out / f"context-{workload.context}"
         with _progress(as_json) as advance:
             comparison = run(lm, workload, setups, out=out, fresh=fresh, on_progress=advance)
         comparison.save(folder)
         report = comparison.report(folder / "report.html")
+        comparisons.append(comparison)
         printed.append({**comparison.to_dict(), "report": str(report)})
         if not as_json:
             print_comparison(comparison)
             _out.print(f"Report: {report}", highlight=False)
+    if len(comparisons) == 1:
+        if as_json:
+            _print_json(printed[0])
+        return
+    together = write_contexts_report(comparisons, out / "report.html")
     if as_json:
-        _print_json(printed[0] if len(printed) == 1 else {"comparisons": printed})
+        _print_json({"comparisons": printed, "report": str(together)})
+        return
+    _out.print(f"All contexts: {together}", highlight=False)
 
 
 def _at_budgets(methods: list[str], budgets: list[float | int]) -> list[str]:
