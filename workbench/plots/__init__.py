@@ -11,9 +11,12 @@ from workbench.plots.live_curve import live_curve
 from workbench.plots.pareto import pareto
 from workbench.plots.png import png
 from workbench.plots.replay_curves import replay_curves
+from workbench.plots.replay_map import replay_map
+from workbench.plots.replay_steps import replay_steps
 from workbench.plots.roofline import roofline
 from workbench.plots.score_map import score_map
 from workbench.plots.theme import dark
+from workbench.plots.turn_scores import turn_scores
 
 __all__ = [
     "attention_map",
@@ -28,6 +31,9 @@ __all__ = [
     "pareto",
     "png",
     "replay_curves",
+    "replay_map",
+    "replay_steps",
     "roofline",
     "score_map",
+    "turn_scores",
 ]

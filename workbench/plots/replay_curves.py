@@ -12,7 +12,7 @@ from workbench.plots.theme import MARK, method_colours, method_of, method_symbol
 from workbench.trace.check import Check
 from workbench.trace.replay import Replay
 
-_NAMES = {"mass_retained": "attention mass retained (share)", "output_error": "error of the attention output (share)"}
+NAMES = {"mass_retained": "attention mass retained (share)", "output_error": "error of the attention output (share)"}
 _DASHES = ("solid", "dot", "longdash", "dashdot")
 
 
@@ -27,8 +27,8 @@ def replay_curves(replay: Replay, check: Check | None = None, y: str = "mass_ret
     Raises:
         UserError: for another `y`.
     """
-    if y not in _NAMES:
-        raise UserError(f"Cannot draw {y!r} of a replay; choose {' or '.join(map(repr, _NAMES))}.")
+    if y not in NAMES:
+        raise UserError(f"Cannot draw {y!r} of a replay; choose {' or '.join(map(repr, NAMES))}.")
     table = replay.curves()
     prompt = replay.about["prompt_tokens"]
     table["setup"] = [point.setup for point in replay.points]
@@ -67,7 +67,8 @@ def replay_curves(replay: Replay, check: Check | None = None, y: str = "mass_ret
     if check is not None:
         _add_live(figure, table, check, y)
         title += f"<br><sub>{plain(check)}</sub>"
-    return style(figure, title, "budget (share of the prompt)", _NAMES[y], height=520)
+    style(figure, title, "budget (share of the prompt)", NAMES[y], height=520)
+    return figure.update_layout(margin={"t": 70})
 
 
 def _add_live(figure: go.Figure, table: pd.DataFrame, check: Check, y: str) -> None:

@@ -15,7 +15,7 @@ from workbench.plots.theme import style
 from workbench.trace.comparison import Comparison
 
 _BUDGET = re.compile(r"budget=([\d.]+)(?:, )?")
-_HIGHER_IS_BETTER = {"score": True, "top1_agreement": True, "kl_to_dense": False, "nll": False}
+HIGHER_IS_BETTER = {"score": True, "top1_agreement": True, "kl_to_dense": False, "nll": False}
 
 
 def score_table(comparison: Comparison, column: str = "score") -> pd.DataFrame:
@@ -25,8 +25,8 @@ def score_table(comparison: Comparison, column: str = "score") -> pd.DataFrame:
 
     Raises UserError for a column that is no measure of quality, and if no setup has a budget.
     """
-    if column not in _HIGHER_IS_BETTER:
-        raise UserError(f"{column!r} is no measure of quality; choose one of {', '.join(_HIGHER_IS_BETTER)}.")
+    if column not in HIGHER_IS_BETTER:
+        raise UserError(f"{column!r} is no measure of quality; choose one of {', '.join(HIGHER_IS_BETTER)}.")
     cells = {}
     for row in comparison.rows:
         found = _BUDGET.search(row.setup)
@@ -36,14 +36,14 @@ def score_table(comparison: Comparison, column: str = "score") -> pd.DataFrame:
     if not cells:
         raise UserError("No setup of this comparison has a budget; compare methods such as 'snapkv:budget=0.2'.")
     table = pd.Series(cells).unstack()
-    return table.loc[table.mean(axis=1).sort_values(ascending=not _HIGHER_IS_BETTER[column], kind="stable").index]
+    return table.loc[table.mean(axis=1).sort_values(ascending=not HIGHER_IS_BETTER[column], kind="stable").index]
 
 
 def score_map(comparison: Comparison, column: str = "score") -> go.Figure:
     """The table as a map, with its numbers; the title gives the dense run's value. Raises UserError as `score_table` does."""
     table = score_table(comparison, column).iloc[::-1]
     dense = next((getattr(row, column) for row in comparison.rows if row.setup == "dense"), None)
-    better = _HIGHER_IS_BETTER[column]
+    better = HIGHER_IS_BETTER[column]
     figure = go.Figure(
         go.Heatmap(
             z=table.to_numpy(),
