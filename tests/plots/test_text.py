@@ -84,8 +84,11 @@ def figures(tiny):
         "live_curve": p.live_curve({HOSTILE: snapshot, "other": snapshot}),
         "pareto": p.pareto(comparison),
         "replay_curves": p.replay_curves(replay, check),
+        "replay_map": p.replay_map(replay, HOSTILE, 0.5, 1, texts=[HOSTILE] * 99),
+        "replay_steps": p.replay_steps(replay, HOSTILE, 0.5),
         "roofline": p.roofline(prediction),
         "score_map": p.score_map(comparison),
+        "turn_scores": p.turn_scores(comparison),
     }
 
 
