@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import anywidget
+import numpy as np
 import plotly.graph_objects as go
 from ipywidgets import Widget, widget_serialization
 from plotly.offline import get_plotlyjs
 from traitlets import Dict, Instance, List, Unicode
-
-import numpy as np
 
 
 class _Library(Widget):
