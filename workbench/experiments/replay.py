@@ -82,6 +82,15 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     return Replay(about, tuple(points))
 
 
+def why_not(recording: Recording, method: Method | str) -> str | None:
+    """Why a method cannot be replayed on a recording, in a sentence; None if it can."""
+    try:
+        _at_budgets(method, [], recording)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _check_room(recording: Recording, families: Sequence[Sequence[CacheMethod]]) -> None:
     """Raises UserError if what a replay holds at once is not free.
 
