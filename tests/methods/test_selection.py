@@ -416,6 +416,22 @@ def test_layers_that_follow_pay_nothing_for_choosing(deep):
     assert own.physical_bytes > session.physical_bytes
 
 
+def test_a_replay_shares_as_a_session_does(deep):
+    """One layer at a time could not."""
+    method = wb.MPCache(budget=0.1, share_layers=True)
+    recording = wb.record(deep, ids(200)[0].tolist(), new_tokens=3)
+    point = wb.replay(recording, [method], [0.1]).points[0]
+    session = run(deep, method, 200, 0)
+    for layer, gone in enumerate(torch.from_numpy(point.gone)):
+        for head in range(2):
+            held = session._cache.layers[layer].store.positions[0, head].tolist()
+            assert set((gone[head, :200] > 0).nonzero().flatten().tolist()) == set(held)
+    with pytest.raises(
+        wb.UserError, match=r"lets layers choose for others, and layers \[0, 1, 2, 4, 5, 6, 7, 8\] were not recorded"
+    ):
+        wb.replay(wb.record(deep, ids(200)[0].tolist(), new_tokens=3, layers=[3]), [method], [0.1])
+
+
 def test_sharing_with_every_share_at_one_is_dense(deep):
     method = wb.MPCache(budget=1.0, ratio1=1.0, ratio2=1.0, share_layers=True)
     assert torch.equal(run(deep, method, 80, 20).logits, run(deep, None, 80, 20).logits)

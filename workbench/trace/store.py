@@ -23,6 +23,7 @@ from workbench.errors import UserError
 from workbench.trace.schema import FORMAT_VERSION, TABLES
 
 ROWS_A_PART = 50_000
+_PARTS_IN_MEMORY = 64
 
 
 class TraceWriter:
@@ -82,7 +83,7 @@ class TraceWriter:
                 continue
             table = pa.concat_tables(self._waiting(name))
             if self.directory is None:
-                self._written[name].append(table)
+                self._written[name] = _joined([*self._written[name], table])
             else:
                 write_part(self.directory, name, self._parts, table)
                 self._parts += 1
@@ -100,12 +101,15 @@ class TraceWriter:
 
     def tables(self) -> dict[str, pa.Table]:
         """All rows so far, as Arrow tables."""
-        self.flush(everything=self.directory is not None)
+        self.flush(everything=True)
         if self.directory is not None:
             return {name: read_table(self.directory, name) for name in TABLES}
-        return {
-            name: pa.concat_tables([TABLES[name].empty_table(), *self._written[name], *self._waiting(name)]) for name in TABLES
-        }
+        return {name: pa.concat_tables([TABLES[name].empty_table(), *self._written[name]]) for name in TABLES}
+
+
+def _joined(parts: list[pa.Table]) -> list[pa.Table]:
+    """The parts, made one where they have become many, as when a trace is read again and again while it grows."""
+    return parts if len(parts) < _PARTS_IN_MEMORY else [pa.concat_tables(parts).combine_chunks()]
 
 
 def to_arrow(name: str, rows: list[tuple]) -> pa.Table:

@@ -1,7 +1,8 @@
-"""How a budget is divided over layers, or over the kv heads of a layer: pure functions of numbers, which methods share."""
+"""How tokens are divided over layers, or over the kv heads of a layer: pure functions of numbers, which methods share."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,6 +41,21 @@ def adaptive(hits: list[int], floor: float) -> list[int]:
     """
     exact = [hit * (1 - floor) + sum(hits) / len(hits) * floor for hit in hits]
     return whole(exact, sum(hits))
+
+
+def adaptive_each(hits: list[int], floor: float) -> list[int]:
+    """The same as the paper's code rounds it, each head by itself: `round(hits (1 - floor) + int(mean(hits) floor))`.
+
+    The sum may fall short of that of `hits`, by less than 3/2 a head. Where it would exceed it, those that were rounded up
+    the farthest are rounded down, of equal ones the later head's.
+    """
+    least = int(sum(hits) / len(hits) * floor)
+    exact = [hit * (1 - floor) + least for hit in hits]
+    budgets = [round(share) for share in exact]
+    order = sorted(range(len(hits)), key=lambda head: (exact[head] - budgets[head], -head))
+    for head in order[: max(sum(budgets) - sum(hits), 0)]:
+        budgets[head] -= 1
+    return budgets
 
 
 def whole(shares: list[float], total: int) -> list[int]:
@@ -204,3 +220,20 @@ def two_groups(high: Sequence[bool], mean: int, longest: int, ratio: float) -> l
         low = max(low, (total - num_high * longest) / num_low)
     most = (total - num_low * low) / num_high if num_high else 0.0
     return whole([most if is_high else low for is_high in high], total)
+
+
+def stages(entropies: Sequence[float], fall: float) -> list[int]:
+    """The stage of each layer, from 0: a new one begins where the entropy is more than `fall` below the layer before.
+
+    UNComp, Xiong et al. 2024, arXiv 2410.03090, and its code.
+    """
+    begins = (before - here > fall for before, here in itertools.pairwise(entropies))
+    return [0, *itertools.accumulate(map(int, begins))]
+
+
+def stage_size(stage: int, last: int, least: int, prompt_tokens: int) -> int:
+    """Tokens that reach a stage: all of them the first, `least` the last, and between them in even steps, rounded down.
+
+    `last` is the number of the last stage. UNComp, Xiong et al. 2024, arXiv 2410.03090, and its code.
+    """
+    return least + (prompt_tokens - least) // last * (last - stage) if stage else prompt_tokens
