@@ -29,7 +29,7 @@ from workbench.engine.cache import EngineLayer
 from workbench.methods import parse_method
 from workbench.workloads.plain_text import prompt_tokens
 
-METHODS = ("snapkv", "tova", "knorm", "streaming-llm", "h2o", "adakv", "duo-attention")
+METHODS = ("snapkv", "tova", "knorm", "streaming-llm", "h2o", "adakv", "duo-attention:gates=prompt")
 WARM_UP = 4
 
 

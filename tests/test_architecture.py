@@ -32,6 +32,10 @@ LAYERS = {
     "live": {"errors", "trace", "cost", "models", "engine", "experiments"},
     "plots": {"errors", "trace", "cost"},
     "report": {"errors", "trace", "plots"},
+    "widgets": {
+        *("errors", "registry", "texts", "trace", "models", "engine", "methods", "experiments", "live", "plots", "report")
+    },
+    "magics": {"errors", "models", "probes"},
     "terminal": {"plots"},
     "doctor": {"errors", "folders", "models", "probes", "engine"},
     "testing": {"models", "engine", "experiments"},

@@ -12,6 +12,7 @@ import workbench as wb
 from workbench import cli
 from workbench.cost.hardware import HARDWARE
 from workbench.experiments import calibrate, machine
+from workbench.methods import parse_method
 from workbench.testing import ids
 
 
@@ -82,11 +83,16 @@ def test_compare_at_several_budgets_and_contexts_goes_on_where_it_was(run, tmp_p
     assert code == 0 and [each["about"]["settings"]["context"] for each in both] == [96, 128]
     expected = ["dense", "snapkv(budget=0.5)", "snapkv(budget=20)", "h2o(budget=0.5, recent=0.3)", "h2o(budget=20, recent=0.3)"]
     assert all([row["setup"] for row in each["rows"]] == expected for each in both)
-    assert (tmp_path / "cmp" / "context-128" / "report.html").exists()
+    page = (tmp_path / json.loads(out)["report"]).read_text()
+    for each in both:
+        assert f"<h2>{each['about']['settings']['context']} tokens</h2>" in page
+        assert (tmp_path / "cmp" / f"context-{each['about']['settings']['context']}" / "report.html").exists()
+        assert f'href="context-{each["about"]["settings"]["context"]}/report.html"' in page
+        assert all(f"<td>{row['kl_to_dense']:.4g}</td>" in page for row in each["rows"])
     assert json.loads(run("compare", *options)[1])["comparisons"] == both  # times and all: nothing ran again
     assert json.loads(run("compare", *options, "--fresh")[1])["comparisons"] != both
     code, out, _ = run("compare", *options[:-1])
-    assert code == 0 and "score by question" in out and "score by depth" in out
+    assert code == 0 and "score by question" in out and "score by depth" in out and "All contexts: cmp/report.html" in out
 
 
 def test_workloads_json(run):
@@ -222,8 +228,8 @@ def test_calibrate_methods(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     code, out, _ = run("calibrate", "--json")
     known = json.loads(out)["calibrations"]
-    needing = {cls.name for cls in wb.METHODS.values() if cls.calibrated_by is not None}
-    assert code == 0 and set(known) == needing and known["compress-kv"]["texts"] == "recall"
+    needing = [method for cls in wb.METHODS.values() for method in cls.to_calibrate()]
+    assert code == 0 and list(map(parse_method, known)) == needing and known["compress-kv"]["texts"] == "recall"
     assert "compress-kv" in run("calibrate", "--model", "tiny-moe")[1] and not (tmp_path / "cache").exists()
     compare = ("compare", "--context", "96", "--samples", "1", "--method", "compress-kv:budget=40,kernel=3", "--json")
     code, _, err = run(*compare)
@@ -235,6 +241,9 @@ def test_calibrate_methods(run, tmp_path, monkeypatch):
     assert code == 0 and written["knobs"]["kernel"] == 3 and Path(written["written"]).is_relative_to(tmp_path / "cache")
     assert run(*compare)[0] == 0
     assert "is calibrated for tiny-dense" in " ".join(run("calibrate", "--method", "compress-kv")[1].split())
+    monkeypatch.setattr("workbench.engine.gates.PASSES", 1)
+    code, out, _ = run("calibrate", "--method", "duo-attention:gates=trained", "--json")
+    assert code == 0 and json.loads(out)[0]["knobs"] == {"gates": "trained"}
     assert "workbench calibrate once a model" in " ".join(run("methods")[1].split())
     assert run("calibrate", "--method", "h2o")[0] == 2
 

@@ -305,7 +305,7 @@ def replay(
         if text is None and prompt_tokens < 1:
             raise UserError(f"--prompt-tokens cannot be {prompt_tokens}; ask for 1 or more.")
         lm = load(source or model or "tiny-dense")
-        recorded = record(lm, _prompt_ids(lm, text, prompt_tokens), new_tokens=new_tokens)
+        recorded = record(lm, _prompt_ids(lm, text, prompt_tokens), new_tokens=new_tokens, rehearse=methods)
     replayed = run(recorded, methods, budgets)
     with _progress(as_json) as advance:
         checked = check_replay(lm, recorded, replayed, points=check_points, on_progress=advance) if check and lm else None
@@ -521,6 +521,7 @@ def _compare(model: str, workloads: list[Workload], methods: list[str], out: Pat
     from workbench.experiments.compare import compare as run
     from workbench.methods import parse_method
     from workbench.models.load import load
+    from workbench.report import write_contexts_report
     from workbench.terminal import print_comparison
 
     setups = [parse_method(text) for text in methods]
@@ -528,19 +529,27 @@ def _compare(model: str, workloads: list[Workload], methods: list[str], out: Pat
     _check_writable(out)
     for workload in workloads:
         workload.episodes(lm)  # what does not fit is said before anything runs
-    printed = []
+    comparisons, printed = [], []
     for workload in workloads:
         folder = out if len(workloads) == 1 else out / f"context-{workload.context}"
         with _progress(as_json) as advance:
             comparison = run(lm, workload, setups, out=out, fresh=fresh, on_progress=advance)
         comparison.save(folder)
         report = comparison.report(folder / "report.html")
+        comparisons.append(comparison)
         printed.append({**comparison.to_dict(), "report": str(report)})
         if not as_json:
             print_comparison(comparison)
             _out.print(f"Report: {report}", highlight=False)
+    if len(comparisons) == 1:
+        if as_json:
+            _print_json(printed[0])
+        return
+    together = write_contexts_report(comparisons, out / "report.html")
     if as_json:
-        _print_json(printed[0] if len(printed) == 1 else {"comparisons": printed})
+        _print_json({"comparisons": printed, "report": str(together)})
+        return
+    _out.print(f"All contexts: {together}", highlight=False)
 
 
 def _at_budgets(methods: list[str], budgets: list[float | int]) -> list[str]:

@@ -108,11 +108,13 @@ def print_replay(replayed: Replay, checked: Check | None) -> None:
     size = f"{about['prompt_tokens']} + {about['steps']} tokens, {len(about['layers'])} layers"
     _out.print(f"[bold]{about['model']}[/bold], {size}", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for name in ("method", "budget", "mass retained", "best possible", "output error", "KV held"):
+    selects = any(point.read is not None for point in replayed.points)
+    sizes = {"KV held": "bytes", **({"KV read": "read_bytes"} if selects else {})}
+    for name in ("method", "budget", "mass retained", "best possible", "output error", *sizes):
         table.add_column(name, justify="left" if name == "method" else "right")
     for point, row in zip(replayed.points, replayed.curves().to_dict("records"), strict=True):
         shares = [f"{row[name]:.3f}" for name in ("mass_retained", "oracle_mass", "output_error")]
-        table.add_row(point.method, str(point.budget), *shares, human_bytes(row["bytes"]))
+        table.add_row(point.method, str(point.budget), *shares, *(human_bytes(row[name]) for name in sizes.values()))
     _out.print(table)
     _out.print("Shares of attention, and of the attention output's length; means over layers, heads and steps.", style="dim")
     if checked is None:

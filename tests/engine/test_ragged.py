@@ -190,11 +190,12 @@ def test_swapping_between_ragged_and_rectangular_methods(lm):
     heads = lm.anatomy.layers[0].attention.num_kv_heads
     for method, held in [
         (wb.H2O(budget=20), 20),
-        (wb.AdaKV(budget=16, window=8), 16),
+        (wb.AdaKV(budget=18, window=8), 18),
+        (wb.EMS(budget=16, window=2, tau=-1.0, eps=0.0, head_adaptive=True), 16),
         (None, 17),
         (wb.KNorm(budget=8), 8),
         (EveryStep(budget=6, window=2), 6),
-        (wb.DuoAttention(budget=5, sinks=1, recent=2), 5),
+        (wb.DuoAttention(budget=5, sinks=1, recent=2, gates="prompt"), 5),
     ]:
         before = [sets(layer.store) for layer in session._cache.layers]
         newest = len(session.tokens[0])

@@ -12,11 +12,12 @@ import torch
 import workbench as wb
 from workbench.engine.calibration import Document, Needle, calibration_file
 from workbench.experiments.calibrate import calibrations, observed, recall_documents, ship
+from workbench.methods import parse_method
 from workbench.methods.cache.base import CacheMethod, keep_top
 from workbench.models.fingerprint import fingerprint
 from workbench.testing import ids, random_llama
 
-CALIBRATED = [cls for cls in wb.METHODS.values() if cls.calibrated_by is not None]
+CALIBRATED = [method for cls in wb.METHODS.values() for method in cls.to_calibrate()]
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def lm(tiny) -> wb.LM:
     return wb.load((random_llama(), tiny.tokenizer))
 
 
-def documents() -> list[Document]:
-    prompt = ids(30)[0].tolist()
-    return [Document((*prompt, *prompt[4:7]), 30, (Needle(4, 7, (29, 30, 31)),))]
+def documents(length: int = 30) -> list[Document]:
+    prompt = ids(length)[0].tolist()
+    return [Document((*prompt, *prompt[4:7]), length, (Needle(4, 7, (length - 1, length, length + 1)),))]
 
 
 def test_a_method_of_a_notebook_cell_is_calibrated_and_found_by_sessions_comparisons_and_replays(cache, lm):
@@ -73,6 +74,25 @@ def test_a_method_of_a_notebook_cell_is_calibrated_and_found_by_sessions_compari
     assert set(replayed.kept(method.label, 0.5, 1, 0)[0].tolist()) == {*best.tolist(), 20}
     with pytest.raises(wb.UserError, match=r"sharpness=1\.0"):
         wb.replay(recording, [Popular(sharpness=1.0)], [0.5])
+
+
+def test_trained_gates_are_kept_as_any_calibration(cache, lm, monkeypatch):
+    monkeypatch.setattr("workbench.engine.gates.PASSES", 20)
+    method = wb.DuoAttention(budget=14, sinks=2, recent=4)
+    with pytest.raises(wb.UserError, match=r"workbench calibrate --model \S+ --method duo-attention:gates=trained"):
+        wb.Session(lm, method)
+    told = []
+    found = wb.calibrate(lm, method, documents=documents(70), on_progress=lambda *each: told.append(each))
+    assert told == [("duo-attention: steps", done, 20) for done in range(1, 21)]
+    assert found.tables["gates"].shape == (3, 2) and found.tables["gates"].max() < 1
+    session = wb.Session(lm, method)
+    session.prefill(ids(30))
+    # 6 heads of mean 14, 6 a streaming head: 84 - 36 = 48 are two whole heads of 24 more, the two best
+    held = torch.cat([(layer.store.positions[0] >= 0).sum(-1) for layer in session._cache.layers])
+    best = found.tables["gates"].flatten().argsort(descending=True, stable=True)[:2]
+    assert (
+        found.tables["gates"].unique().numel() > 1 and (held == 30).nonzero().flatten().tolist() == best.sort().values.tolist()
+    )
 
 
 def test_a_sample_is_a_dense_run_over_all_tokens(lm):
@@ -105,6 +125,13 @@ def test_a_calibration_of_another_model_or_other_knobs_is_refused(cache, lm, tin
 def test_what_cannot_be_calibrated_is_one_sentence(cache, lm, monkeypatch):
     with pytest.raises(wb.UserError, match="needs no calibration; those that do are"):
         wb.calibrate(lm, "h2o")
+    with pytest.raises(
+        wb.UserError, match=r"'duo-attention.*gates=prompt.*needs no calibration; .*duo-attention:gates=calibrated"
+    ):
+        wb.calibrate(lm, "duo-attention:gates=prompt")
+    for useless in (documents(), [Document(tuple(ids(70)[0].tolist()), 70)]):
+        with pytest.raises(wb.UserError, match="texts of more than 36 tokens that repeat a passage"):
+            wb.calibrate(lm, "duo-attention", documents=useless)
     with pytest.raises(wb.UserError, match="no text"):
         wb.calibrate(lm, Popular(), documents=[])
     blocked = cache / "file"
@@ -134,10 +161,12 @@ def test_recall_documents_ask_for_what_they_state(tiny):
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
 def test_built_in_models_come_calibrated(cache, name):
     known = calibrations(wb.load(name))
-    assert set(known) == {cls.name for cls in CALIBRATED} and all(known.values())
+    assert [parse_method(title) for title in known] == CALIBRATED and all(known.values())
 
 
 def test_what_is_shipped_is_what_a_calibration_finds(cache, tiny, tmp_path, monkeypatch):
+    """All but trained gates, which take half a minute: `tests/engine/test_gates.py` says what those are worth."""
+    monkeypatch.setattr(wb.DuoAttention, "to_calibrate", lambda: (wb.DuoAttention(gates="calibrated"),))
     shipped = calibrations(tiny)
     monkeypatch.setattr("workbench.engine.calibration.BUILTIN", tmp_path)
     for path, (name, known) in zip(ship("tiny-dense"), shipped.items(), strict=True):

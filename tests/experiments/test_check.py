@@ -48,6 +48,18 @@ def test_a_method_that_decides_at_every_step_drifts_and_the_check_sees_it(tiny):
     assert drifting.live_kl > 0 and exact.live_kl > 0
 
 
+def test_what_is_read_is_checked_where_methods_select_merge_or_close_ranks(tiny):
+    recording = wb.record(tiny, prompt_tokens(tiny, 200), new_tokens=8)
+    replay = wb.replay(recording, ["quest", "quest:share_heads=false", "mpcache", "ems", "streaming-llm:positions=slot"], [0.3])
+    check = wb.check_replay(tiny, recording, replay)
+    by_method = {point.method: point for point in check.points}
+    assert by_method["ems"].kept_equal == by_method["streaming-llm(positions=slot)"].kept_equal == 1
+    for name in ("quest", "quest(share_heads=False)", "mpcache"):
+        assert 0.7 < by_method[name].kept_overlap <= 1 and by_method[name].live_kl > 0
+    # Two layers are dense and the first that selects sees what it saw in the dense run, so at least three of four agree.
+    assert by_method["quest"].kept_equal >= 0.75
+
+
 def test_the_points_are_spread_over_the_predicted_error(lm, recording, replay):
     errors = sorted(float(point.output_error.mean()) for point in replay.points)
     done = []

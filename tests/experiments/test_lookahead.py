@@ -195,12 +195,37 @@ def test_modes_without_training_are_dapq_and_the_oracle(lm):
             assert torch.equal(a.store.positions, b.store.positions)
 
 
-def test_the_built_in_tokens_find_more_than_untrained_ones(tiny):
-    """What comes with tiny-dense, on prose nobody was trained on."""
-    assert (BUILTIN / "tiny-dense" / "lookahead.safetensors").stat().st_size < 2**20
-    batch = read(tiny, prompts(tiny, Rows(tiny.tokenizer, 5, held_out=True), 128))
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_the_built_in_tokens_find_more_than_untrained_ones(name):
+    """What comes with the built-in models, on prose nobody was trained on."""
+    assert (BUILTIN / name / "lookahead.safetensors").stat().st_size < 2**20
+    lm = wb.load(name)
+    batch = read(lm, prompts(lm, Rows(lm.tokenizer, 5, held_out=True), 128))
     found = {}
     with torch.no_grad():
-        for name, lookahead in (("trained", trained_lookahead(tiny.model, tiny.name)), ("untrained", Lookahead(tiny.model))):
-            found[name] = recall(batch.targets, shares(tiny, lookahead, batch), 2)
+        for state, lookahead in (("trained", trained_lookahead(lm.model, name)), ("untrained", Lookahead(lm.model))):
+            found[state] = recall(batch.targets, shares(lm, lookahead, batch), 2)
     assert found["trained"] > found["untrained"] + 0.1
+
+
+def test_in_a_mixture_of_experts_attention_alone_is_adapted(tiny, tmp_path, monkeypatch):
+    """Training brings the loss down all the same, and the prompt's own rows are routed and computed as without."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    lm = wb.load((random_qwen_moe(), tiny.tokenizer))
+    before = footprint(lm.model)
+    lookahead = Lookahead(lm.model, tokens=6, rank=4)
+    projections = {
+        id(module) for name, module in lm.model.named_modules() if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
+    }
+    assert {id(module) for layer in lookahead.modules_by_layer for module in layer} == projections
+    batch = read(lm, ids(PROMPT, 2), answer=4)
+    optimizer = torch.optim.AdamW(lookahead.parameters(), lr=3e-3)
+    losses = [step(lm, lookahead, optimizer, batch) for _ in range(31)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(weight.grad is None for weight in lm.model.parameters()) and footprint(lm.model) == before
+    lookahead.save(trained_tokens.lookahead_folder() / "mine.safetensors", lm.model, {})
+    dense, session = wb.Session(lm), wb.Session(lm, wb.LookaheadKV(budget=12))
+    assert torch.equal(session.prefill(ids(PROMPT)), dense.prefill(ids(PROMPT)))
+    assert session._cache.layers[0].store.length == 12
+    routing = [each.trace.table("routing").query("step == 0") for each in (session, dense)]
+    assert routing[0].equals(routing[1]) and len(session.trace.table("routing").query("step == 1"))

@@ -22,7 +22,7 @@ def lm(tiny) -> wb.LM:
 
 @pytest.fixture(scope="module")
 def recording(lm) -> wb.Recording:
-    return wb.record(lm, ids(PROMPT), new_tokens=NEW)
+    return wb.record(lm, ids(PROMPT), new_tokens=NEW, rehearse=["dapq:tokens=4"])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt_oss", "qwen3"])
@@ -49,6 +49,14 @@ def test_attention_over_the_recording_is_that_of_the_model(tiny, family):
         torch.testing.assert_close(layer.prompt_mass, received, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("family", "planes"), [("llama", [4, 4, 4]), ("smollm3", [4, 0, 4]), ("gpt2", [None, None, None])])
+def test_how_each_layer_rotates_is_recorded(tiny, family, planes):
+    """Positions of GPT-2 are part of its embedding, so nothing can be said of its layers."""
+    layers = wb.record(wb.load((random_model(family), tiny.tokenizer)), [2, 3, 4], new_tokens=1).layers
+    assert [None if layer.frequencies is None else len(layer.frequencies) for layer in layers] == planes
+    assert all(layer.frequencies[0] == 1 for layer in layers if layer.frequencies)
+
+
 def test_the_run_is_the_plain_one(lm, recording):
     session = wb.Session(lm)
     session.prefill(ids(PROMPT))
@@ -72,6 +80,8 @@ def test_the_size_is_known_in_advance_and_limited(tiny, make):
     layers = [layer.layer for layer in recording.layers]
     size = recording_bytes(lm.anatomy, layers, PROMPT, PROMPT + NEW)
     assert recording.nbytes == size
+    rehearsed = wb.record(lm, ids(PROMPT), new_tokens=NEW, rehearse=["dapq:tokens=3", "dapq:tokens=4"])
+    assert rehearsed.nbytes == recording_bytes(lm.anatomy, layers, PROMPT, PROMPT + NEW, 2)
     assert wb.record(lm, ids(PROMPT), new_tokens=NEW, memory_limit_bytes=size).nbytes == size
     with pytest.raises(wb.UserError, match=f"takes {size:,} bytes and the limit is {size - 1:,}"):
         wb.record(lm, ids(PROMPT), new_tokens=NEW, memory_limit_bytes=size - 1)
@@ -80,9 +90,11 @@ def test_the_size_is_known_in_advance_and_limited(tiny, make):
 def test_save_and_load(recording, tmp_path):
     path = recording.save(tmp_path / "rec")
     again = wb.Recording.load(path)
+    assert again.rehearsals == recording.rehearsals and len(again.rehearsals) == 1
     assert again.prompt_tokens == PROMPT and repr(again) == repr(recording)
     for one, other in zip(recording.layers, again.layers, strict=True):
         assert (one.layer, one.scaling, one.softcap) == (other.layer, other.scaling, other.softcap)
+        assert one.frequencies == other.frequencies and one.interleaved == other.interleaved
         assert one.tensors().keys() == other.tensors().keys()
         assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
     assert wb.Trace.load(path).table("tokens").equals(recording.trace.table("tokens"))
@@ -137,8 +149,8 @@ def test_a_damaged_header_and_a_plain_trace_are_one_sentence(recording, tmp_path
         file.write_bytes(whole.replace(old, new))
         with pytest.raises(wb.UserError, match="damaged"):
             wb.Recording.load(tmp_path / "rec")
-    file.write_bytes(whole.replace(b'\\"format\\": 2', b'\\"format\\": 9'))
-    with pytest.raises(wb.UserError, match="has format 9"):
+    file.write_bytes(whole.replace(b'\\"format\\": 3', b'\\"format\\": 2'))
+    with pytest.raises(wb.UserError, match="has format 2, and this version reads format 3; record it again"):
         wb.Recording.load(tmp_path / "rec")
     file.unlink()
     with pytest.raises(wb.UserError, match="trace without tensors"):
@@ -158,6 +170,9 @@ def test_a_damaged_header_and_a_plain_trace_are_one_sentence(recording, tmp_path
         (["x", "y"], {}, "of one prompt, and 2 were given"),
         ([], {}, "prompt is empty"),
         ([2] * 600, {}, "context of 512"),
+        ([2] * 500, {"new_tokens": 5, "rehearse": ["dapq"]}, "'dapq' rehearses 32 tokens after the text, 532 in all"),
+        ([2, 3], {"rehearse": ["dap"]}, "no method named 'dap'"),
+        ([2, 3], {"rehearse": [7]}, "Cannot rehearse 7; give methods, such as 'dapq'"),
     ],
 )
 def test_misuse_is_one_sentence(lm, prompt, options, message):

@@ -134,6 +134,15 @@ def test_stop_and_continue(lm, player):
     assert len(player.snapshots["run"].history) == stopped + 2
 
 
+def test_a_player_closed_between_two_tokens_ends(lm):
+    for _ in range(5):
+        player = Player(period_s=0.0)
+        player.start(lm, None, PROMPT, 10_000)
+        until(lambda player=player: player.snapshots)
+        player.close()
+        until(lambda player=player: player.status == "closed")
+
+
 def test_what_is_wrong_is_said_and_the_player_lives_on(lm, player):
     player.play(3)
     player.wait(20)
@@ -194,3 +203,16 @@ def test_a_player_nobody_watches_stops(lm):
     player.close()
     with pytest.raises(wb.UserError, match="closed"):
         player.play(1)
+
+
+def test_a_stop_holds_whatever_is_ordered_after_it(lm, player):
+    player.start(lm, None, PROMPT, 10_000)
+    until(lambda: player.snapshots)
+    player.stop()
+    player.swap(wb.StreamingLLM(budget=8))
+    player.wait(60)
+    stopped = len(player.snapshots["run"].history)
+    assert player.snapshots["run"].setup == "streaming-llm(budget=8)" and stopped < 1000
+    player.play(2)
+    player.wait(60)
+    assert len(player.snapshots["run"].history) == stopped + 2

@@ -137,7 +137,7 @@ def test_gates_share_out_exactly_the_budget(num_heads):
 def test_calibrated_gates_are_the_mean_reach(tiny):
     lm = wb.load((random_llama(), tiny.tokenizer))
     samples = [observed(lm, Document(tuple(ids(30, seed=seed)[0].tolist()), 30), with_rotation=True) for seed in (1, 2)]
-    gates = wb.DuoAttention().calibrate(samples)["gates"]
+    gates = wb.DuoAttention(gates="calibrated").calibrate(samples)["gates"]
     assert gates.shape == (3, 2)
     expected = (_reach(samples[0].layers[2]) + _reach(samples[1].layers[2]))[0] / 2
     torch.testing.assert_close(gates[2], expected)
@@ -147,8 +147,8 @@ def duo_session(tiny, num_kv_heads=2, gates=((0.1, 0.9), (0.8, 0.2), (0.3, 0.4))
     """After a prompt of 60 tokens, with these gates, or 4 heads drawn at random."""
     lm = wb.load((random_llama(num_kv_heads), tiny.tokenizer))
     method = wb.DuoAttention(gates="calibrated", **knobs)
-    tables = {"gates": torch.tensor(gates)}
-    session = wb.Session(lm, method.with_calibration(Calibration(method.name, {}, fingerprint(lm), (0, 1, 2), {}, tables)))
+    about = Calibration(method.name, method.calibration_knobs(), fingerprint(lm), (0, 1, 2), {}, {"gates": torch.tensor(gates)})
+    session = wb.Session(lm, method.with_calibration(about))
     session.prefill(ids(60)[0].tolist())
     return session
 
@@ -190,10 +190,31 @@ def test_gates_of_all_heads_are_dense_and_of_none_streaming_llm(tiny):
     assert held_by_head(none) == [[9, 9]] * 3
 
 
-def test_calibrated_duo_attention_runs_in_a_comparison(tiny):
-    workload = wb.workloads.recall(context=200, samples=1, facts=2)
-    row = wb.compare(tiny, workload, ["duo-attention:budget=0.5,sinks=4,recent=30,gates=calibrated"]).rows[1]
-    assert row.fired_steps == row.steps > 8
+@pytest.mark.parametrize("num_heads", [1, 2, 4])
+def test_as_many_heads_stream_as_the_share_of_streaming_heads_says(num_heads):
+    """A budget that is `whole heads * longest + streaming heads * streamed` leaves round(L H ratio) heads streaming."""
+    longest, streamed, num_layers = 100, 20, 3
+    total = num_layers * num_heads
+    gates = torch.rand(num_layers, num_heads, generator=torch.Generator().manual_seed(num_heads))
+    for ratio in (0, 0.25, 1 / 3, 0.5, 0.75, 1):
+        num_streaming = round(total * ratio)
+        mean = -(-((total - num_streaming) * longest + num_streaming * streamed) // total)
+        method = told(wb.DuoAttention(budget=mean, sinks=5, recent=15), gates=gates.tolist())
+        shares = method.allocate(longest, num_layers)
+        whole_heads = [method._num_whole(num_heads, share, longest) if mean < longest else num_heads for share in shares]
+        assert sum(whole_heads) == total - num_streaming and sum(shares) == num_layers * mean
+        best = gates.flatten().argsort(descending=True)[: sum(whole_heads)] // num_heads
+        assert whole_heads == best.bincount(minlength=num_layers).tolist()
+
+
+def test_trained_gates_recall_where_a_stand_in_forgets(tiny):
+    """At a third of the memory, in a comparison."""
+    workload = wb.workloads.recall(context=256, samples=1, facts=4)
+    ways = ("trained", "calibrated", "prompt")
+    methods = [f"duo-attention:budget=0.4,sinks=4,recent=30,gates={gates}" for gates in ways]
+    trained, calibrated, prompt = wb.compare(tiny, workload, methods).rows[1:]
+    assert trained.fired_steps == trained.steps == calibrated.fired_steps == calibrated.steps > 8
+    assert trained.score == 1 > max(calibrated.score, prompt.score)
 
 
 def test_a_batch_of_calibrated_duo_attention_is_each_row_alone(tiny):

@@ -10,7 +10,8 @@ import torch
 
 import workbench as wb
 from workbench.engine.policy import LayerState
-from workbench.methods.cache.ems import _absorbed
+from workbench.methods.cache.budgets import in_proportion
+from workbench.methods.cache.ems import _absorbed, spreads
 from workbench.testing import ids, random_llama
 
 
@@ -156,3 +157,75 @@ def test_every_head_holds_its_budget_and_the_trace_says_what_went_where(tiny, me
             assert not torch.equal(merged.store.values, plain.store.values)
             assert torch.equal(merged.store.keys, plain.store.keys) == (merge_keys == "none")
     assert not torch.allclose(session.step([5]), pure.step([5]))
+
+
+def test_room_is_shared_in_proportion_and_never_wasted():
+    assert in_proportion([3, 1], [100, 100], 40) == [30, 10]
+    # 36 are too many for the first by 16, which the others share 2 to 1: 8 + 10 2/3 and 4 + 5 1/3
+    assert in_proportion([6, 2, 1], [20, 100, 100], 54) == [20, 23, 11]
+    assert in_proportion([1, 1], [3, 4], 9) == [3, 4] and in_proportion([5, 1], [0, 9], 4) == [0, 4]
+    assert in_proportion([1, 1, 1], [9, 9, 9], 10) == [4, 3, 3] and in_proportion([2, 1], [4, 4], 0) == [0, 0]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        wants, rooms = (torch.randint(low, 30, (4,), generator=generator).tolist() for low in (1, 0))
+        for total in (1, 7, 40, 200):
+            shares = in_proportion(wants, rooms, total)
+            assert sum(shares) == min(total, sum(rooms)) and all(s <= room for s, room in zip(shares, rooms, strict=True))
+            for a, b in ((0, 1), (1, 2), (2, 3)):  # who wants more gets no less, if there is room
+                if wants[a] >= wants[b] and shares[a] < rooms[a]:
+                    assert shares[a] >= shares[b] - 1
+
+
+def test_the_tokens_that_hold_most_of_the_scores_are_counted():
+    scores = torch.tensor([[[0.5, 0.0, 0.5, 0.0], [0.25, 0.25, 0.25, 0.25], [0.92, 0.02, 0.03, 0.03]]])
+    assert spreads(scores).tolist() == [[2, 4, 1]]
+
+
+def test_spread_heads_keep_more_and_all_heads_as_much_in_sum():
+    """Head 0's queries look at one key; head 1's look nowhere in particular."""
+    seen = state(capacity=14)
+    queries = seen.queries.clone()
+    queries[0, :2] = 9 * seen.keys[0, 0, 7]
+    queries[0, 2:] = 0
+    scores = queries.view(1, 2, 2, 40, 6) @ seen.keys[:, :, None].transpose(-1, -2) * seen.scaling
+    hidden = torch.ones(40, 40, dtype=torch.bool).triu(1)
+    mass = scores.masked_fill(hidden, -math.inf).softmax(-1).sum((2, 3))
+    seen = dataclasses.replace(seen, queries=queries, mass=mass)
+    method = wb.EMS(budget=14, window=4, sinks=2, tau=-1.0, eps=0.0, head_adaptive=True)
+    keep = method.keep(seen)
+    needed = []
+    for head in range(2):
+        ordered = sorted(plain_scores(seen, head, 4), reverse=True)
+        needed.append(next(n for n in range(1, 41) if sum(ordered[:n]) >= 0.9 * sum(ordered)))
+    # 14 a head, of which 6 are sinks and recent tokens: 16 are shared
+    counts = [6 + each for each in in_proportion(needed, [34, 34], 16)]
+    assert needed[0] < needed[1] / 4 and keep.sum(-1).tolist() == [counts] and sum(counts) == 28 and counts[0] >= 6
+    for head in range(2):
+        always = {0, 1, 36, 37, 38, 39}
+        scores = plain_scores(seen, head, 4)
+        best = sorted(set(range(40)) - always, key=lambda j: -scores[j])[: counts[head] - 6]
+        assert set(keep[0, head].nonzero().flatten().tolist()) == always | set(best)
+    into = method.merge(seen, keep).into
+    assert ((into >= 0) == ~keep)[0, 1].all()  # each goes into one of the head's own centres
+    for head in range(2):
+        went = into[0, head][into[0, head] >= 0]
+        assert keep[0, head][went].all()
+
+
+def test_adaptive_heads_are_stored_at_their_own_lengths(tiny):
+    method = wb.EMS(budget=0.3, window=4, tau=-1.0, eps=0.0, head_adaptive=True)
+    together, rows = wb.Session(tiny, method), [ids(length, seed=length)[0].tolist() for length in (40, 23)]
+    together.prefill(rows)
+    both, lengths = together.branch().step([5, 5]), set()
+    for row, prompt in enumerate(rows):
+        alone = wb.Session(tiny, method)
+        alone.prefill(prompt)
+        for ours, theirs in zip(together._cache.layers, alone._cache.layers, strict=True):
+            held = (theirs.store.positions[0] >= 0).sum(-1)
+            assert held.sum() == theirs.store.held_tokens() == 2 * round(0.3 * len(prompt))
+            lengths.add(tuple(held.tolist()))
+            for head in range(2):
+                sets = [set(store.positions[at, head].tolist()) - {-1} for store, at in ((ours.store, row), (theirs.store, 0))]
+                assert sets[0] == sets[1]
+        torch.testing.assert_close(both[row], alone.step([5])[0], atol=1e-4, rtol=1e-4)
+    assert any(first != second for first, second in lengths)

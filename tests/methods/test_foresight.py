@@ -130,7 +130,7 @@ def test_dapq_knobs_keep_the_recent_and_lift_neighbours():
     assert wb.DapQ(budget=6, keep_recent=100).keep(state)[0, 0].nonzero().flatten().tolist() == list(range(14, 20))
 
 
-def test_a_replay_serves_the_continuation_and_no_other_rehearsal(lm):
+def test_a_replay_serves_the_continuation_and_what_was_rehearsed(lm):
     recording = wb.record(lm, ids(PROMPT), new_tokens=6)
     point = wb.replay(recording, [wb.Oracle(horizon=6)], [0.3]).points[0]
     torch.testing.assert_close(*(torch.tensor(mass.mean()) for mass in (point.mass_retained, point.oracle_mass)))
@@ -139,5 +139,5 @@ def test_a_replay_serves_the_continuation_and_no_other_rehearsal(lm):
     with pytest.raises(wb.UserError, match="looks 32 tokens ahead and the recording has 6; record with new_tokens=32"):
         wb.replay(recording, ["oracle"])
     for text in ("dapq", "lookahead-kv", "lookahead-kv:mode=pseudo", "dapq:source=continuation,positions=prompt,tokens=6"):
-        with pytest.raises(wb.UserError, match="rehearses tokens of its own"):
+        with pytest.raises(wb.UserError, match="rehearses tokens of its own, which this recording does not hold"):
             wb.replay(recording, [text])

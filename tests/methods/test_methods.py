@@ -15,11 +15,27 @@ from workbench.methods import METHODS, describe, parse_method
 from workbench.probes.rotation import Rotation
 from workbench.testing import calibrate_all, ids, random_gemma, random_llama
 
-ACTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"]
+
+class Variant:
+    """A method class with a knob that changes what it does, for tests that take a class."""
+
+    def __init__(self, cls, **knobs):
+        self.cls, self.knobs = cls, knobs
+        self.name = f"{cls.name}-{'-'.join(knobs)}"
+
+    def __call__(self, **knobs):
+        return self.cls(**self.knobs, **knobs)
+
+    def __getattr__(self, name):
+        return getattr(self.cls, name)
+
+
+VARIANTS = [Variant(wb.EMS, head_adaptive=True), Variant(wb.DuoAttention, gates="prompt")]
+ACTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense"] + VARIANTS
 SELECTING = [cls for cls in ACTING if cls.selects]
 EVICTING = [cls for cls in ACTING if cls not in SELECTING]
 """Methods whose budget is what they keep; that of those that select is what a decode step reads (`test_selection.py`)."""
-AFTER_THE_PROMPT = [cls for cls in ACTING if THINNING not in cls.needs]
+AFTER_THE_PROMPT = [cls for cls in ACTING if THINNING not in cls().needs]
 """Methods that leave the prompt's computation as it is."""
 
 
@@ -166,7 +182,7 @@ def test_evicting_equals_masking_a_full_cache(lm, cls):
 def test_sliding_layers_are_left_alone(tiny, cls):
     lm = calibrate_all(wb.load((random_gemma(), tiny.tokenizer)))
     method = small(cls, 0.1)
-    if THINNING in cls.needs:  # sliding layers cannot be thinned, so there is no thinning
+    if THINNING in cls().needs:  # sliding layers cannot be thinned, so there is no thinning
         method = dataclasses.replace(method, before=1.0)
     session = wb.Session(lm, method)
     session.prefill(ids(200)[0].tolist())

@@ -165,3 +165,9 @@ def test_recipes_are_what_was_built():
         built = sum(p.numel() for p in build_model(name).parameters())
         loaded = AutoModelForCausalLM.from_pretrained(BUILTIN / name)
         assert built == sum(p.numel() for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("asked", [wb.load, wb.anatomy])
+def test_a_name_no_file_can_have(asked):
+    with pytest.raises(wb.UserError, match="cannot be the name of a model"):
+        asked("x" * 5000)

@@ -62,6 +62,8 @@ class EngineLayer(CacheLayerMixin):
         self._rehearsing: _Rehearsing | None = None
         self.undecided = False
         """Whether the policy came by a swap and has not had its say on what is held."""
+        self.selected: torch.Tensor | None = None
+        """`[B, S, N]` positions the last call read, if the policy chose them: see `Source`."""
 
     # What transformers asks of a cache layer. Positions and masks are the session's business: it passes its own, so
     # the sizes given here serve no one.
@@ -122,7 +124,7 @@ class EngineLayer(CacheLayerMixin):
         Returns the output as transformers expects it, `[B, Q, Hq, D]`.
         """
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        own, (query, source) = query, self._source(query)
+        own, (query, source) = query, self.source(query)
         options = {"softcap": softcap, "sinks": s_aux, "occupied": source.occupied, "window": self.attention.window}
         asking = self.call.positions >= 0 if self.call.has_padding else None
         out, kernel = self._output(query, source, scaling, options)
@@ -185,9 +187,10 @@ class EngineLayer(CacheLayerMixin):
         other.pages = self.pages.clone() if self.pages is not None else None
         return other
 
-    def _source(self, query: torch.Tensor) -> tuple[torch.Tensor, RectangularStore | RaggedStore | Source]:
+    def source(self, query: torch.Tensor) -> tuple[torch.Tensor, RectangularStore | RaggedStore | Source]:
         """The queries and what they read: all that is held, as it is, unless the policy selects or goes by slots."""
         policy, store = self.policy, self.store
+        self.selected = None
         if isinstance(store, RaggedStore) or policy is None:
             return query, store
         if self.pages is not None:
@@ -197,6 +200,7 @@ class EngineLayer(CacheLayerMixin):
                 state = read_state(query, self.pages, self.call, self.index, store)
                 source = self.pages.gather(store, policy.select(state)) or store
                 flops, moved = policy.selection_cost(state)
+                self.selected = source.positions if isinstance(source, Source) else None
                 if must:
                     self._record("select", 0)
                 self._record("score", 0, flops, moved + reads_beside(source, self.attention.num_kv_heads))
@@ -320,7 +324,7 @@ class EngineLayer(CacheLayerMixin):
 
     def _state(self, query: torch.Tensor | None, foresight: torch.Tensor | None = None) -> LayerState:
         store, call, keys = self.store, self.call, self.store.keys
-        side = store.side
+        side, dividing = store.side, query is None and foresight is None
         return LayerState(
             keys=keys,
             values=store.values,
@@ -336,7 +340,8 @@ class EngineLayer(CacheLayerMixin):
             side={name: side[name] for name in self.policy.side},
             share=torch.tensor(self.shares(), device=keys.device),
             since_prompt=call.since_prompt,
-            dividing=query is None and foresight is None,
+            dividing=dividing,
+            first=dividing or self.undecided or call.phase == "prefill",
             foresight=foresight,
         )
 
@@ -372,6 +377,7 @@ class EngineLayer(CacheLayerMixin):
     def _merge(self, state: LayerState, keep: torch.Tensor) -> torch.Tensor:
         """Lets what leaves change K and V of what stays. Returns the positions it was merged into, -1 for none."""
         merged = self.policy.merge(state, keep)
+        self.store = self.store.rectangular()  # of ragged ones K and V are copies, which cannot be written to
         self.store.keys.copy_(merged.keys)
         self.store.values.copy_(merged.values)
         return merged.into
@@ -390,7 +396,7 @@ class EngineLayer(CacheLayerMixin):
         """Whether only some tokens of a prompt go on after this layer."""
         policy = self.policy
         thins = self.call.phase == "prefill" and THINNING in policy.needs
-        return thins and policy.thins_after(self.num_layers) == self.index
+        return thins and self.index in policy.thins_after(self.num_layers)
 
     def _keep_and_thin(self, state: LayerState) -> torch.Tensor:
         keep, passing = self.policy.keep_and_pass(state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -69,6 +69,28 @@ class Sample:
             return dataclasses.replace(state, **parts, mass=None, capacity=torch.full_like(state.capacity, end))
 
         return [cut(state) for state in self.layers]
+
+
+class Samples(Protocol):
+    """What a method is calibrated with: gone through, the samples of some texts; and the model, for what has to be trained."""
+
+    @property
+    def lm(self) -> LM:
+        """The model."""
+        ...
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """The texts."""
+        ...
+
+    def __iter__(self) -> Iterator[Sample]:
+        """The samples, made anew each time they are gone through."""
+        ...
+
+    def advance(self, done: int, total: int) -> None:
+        """Tells whoever waits how much is done, for a method that does not go through the samples."""
+        ...
 
 
 @dataclass(frozen=True)

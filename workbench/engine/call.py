@@ -33,14 +33,21 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Thinned:
-    """The tokens of a call that went on to the later layers, and those that did not. Shapes: L' tokens that went on."""
+    """The tokens of a call that went on to the later layers, and those that did not.
+
+    Shapes: L' tokens that went on, L tokens that had gone on until then (Q the first time).
+    """
 
     index: torch.Tensor
     """`[B, L']` which of the call's tokens they are; a row with fewer is filled up in front."""
+    last: torch.Tensor
+    """`[B, L']` which of the L they are."""
+    there: int
+    """L."""
     counts: list[int]
     """How many of each row went on."""
     absent: torch.Tensor
-    """`[B, Q]` positions of the others; -1 elsewhere."""
+    """`[B, Q]` positions of the call's other tokens; -1 elsewhere."""
 
 
 @dataclass
@@ -77,16 +84,19 @@ class Call:
         return self.seen[0] - self.prompt_tokens[0]
 
     def thin(self, passing: torch.Tensor) -> None:
-        """From the next layer on, only the tokens of `passing` `[B, Q]` are there."""
+        """From the next layer on, only the tokens of `passing` `[B, L]` are there, of the L that have come so far."""
         counts = passing.sum(-1)
-        length = int(counts.max())
-        if length == passing.shape[1]:
+        length, there = int(counts.max()), passing.shape[1]
+        if length == there:
             return
-        index = passing.to(torch.int8).argsort(dim=-1, stable=True)[:, passing.shape[1] - length :]
+        index = last = passing.to(torch.int8).argsort(dim=-1, stable=True)[:, there - length :]
         absent = torch.where(passing, -1, self.positions)
-        self.thinned = Thinned(index, counts.tolist(), absent)
+        if self.thinned is not None:
+            absent = self.thinned.absent.scatter_reduce(1, self.thinned.index, absent, "amax")
+            index = self.thinned.index.gather(1, last)
+        self.thinned = Thinned(index, last, there, counts.tolist(), absent)
         filling = torch.arange(length, device=passing.device) < (length - counts)[:, None]
-        self.positions = self.positions.gather(1, index).masked_fill(filling, -1)
+        self.positions = self.positions.gather(1, last).masked_fill(filling, -1)
         self.has_padding = min(self.thinned.counts) < length
 
     def record_attention(

@@ -65,6 +65,8 @@ class LayerState:
     """Tokens each row has seen after its prompt, those of this call included."""
     dividing: bool = False
     """Whether layers decide because they have just divided the budget: then there are no queries, since other layers ran."""
+    first: bool = False
+    """Whether the method has not decided on what is held before: at the end of the prompt, or after a swap."""
 
     @property
     def occupied(self) -> torch.Tensor:
@@ -205,12 +207,15 @@ class CachePolicy(Protocol):
         """`[B, H, N]` bool: the tokens that stay."""
         ...
 
-    def thins_after(self, num_layers: int) -> int | None:
-        """The layer whose tokens do not all go on to later layers, if the method needs thinning; None: they all do."""
+    def thins_after(self, num_layers: int) -> tuple[int, ...]:
+        """The layers whose tokens do not all go on to later layers, first to last, if the method needs thinning."""
         ...
 
     def keep_and_pass(self, state: LayerState) -> tuple[torch.Tensor, torch.Tensor]:
-        """In that layer: what `keep` returns, and `[B, N]` bool: the tokens of this call that go on."""
+        """In those layers: what `keep` returns, and `[B, N]` bool: the tokens of this call that go on.
+
+        It is asked only where a layer holds more than it may keep; no fewer may go on than later layers keep.
+        """
         ...
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from workbench.probes.attention import attention_configs
 from workbench.probes.device import device_sampler
 from workbench.probes.environment import environment
 from workbench.probes.importance import ImportanceLog, check_mode
-from workbench.probes.moe import Choice, RoutingProbe, routing_rows
+from workbench.probes.moe import Choice, RoutingProbe, choice_rows, routing_rows
 from workbench.probes.spans import SpanProbe, span_rows
 from workbench.probes.traffic import eager_traffic
 from workbench.trace.store import TraceWriter
@@ -71,6 +71,7 @@ class Session:
         setup: Setup | Method | Iterable[Method] | None = None,
         *,
         importance: str = "off",
+        routing: str = "load",
         spans: bool = False,
         out: str | Path | None = None,
         device_period_s: float | None = None,
@@ -81,6 +82,7 @@ class Session:
             lm: the model.
             setup: a setup, a method or several; None is dense.
             importance: `off`, `decode`, `window` or `full`, as in `wb.profile`.
+            routing: `load`, `choices` or `logits`, as in `wb.profile`.
             spans: times every layer and its parts too, as in `wb.profile`.
             out: directory to stream the trace to; a killed process leaves a readable trace there.
             device_period_s: seconds between samples of the GPUs while the model runs, as in `wb.profile`.
@@ -101,7 +103,7 @@ class Session:
         self._call = Call(TraceWriter(meta, Path(out) if out is not None else None), step=-1, importance=importance)
         check_thinning(lm.model, lm.anatomy, self.setup.cache)
         self._cache = engine_cache(lm.model, lm.anatomy, self.setup.cache, self._call)
-        self._routing = RoutingProbe(lm.model)
+        self._routing = self._routing_probe(routing)
         self._spans = SpanProbe(lm.model) if spans else None
         self._choices: list[tuple[int, list[Choice]]] = []
         self._configs = attention_configs(lm.model)
@@ -249,7 +251,7 @@ class Session:
         other._call.writer = TraceWriter(meta)
         other._call.seen = list(self._call.seen)
         other._cache = type(self._cache)(layers=[layer.clone(other._call) for layer in self._cache.layers])
-        other._routing, other._choices = RoutingProbe(self.lm.model), []
+        other._routing, other._choices = other._routing_probe(self._routing.mode), []
         other._spans = SpanProbe(self.lm.model) if self._spans else None
         other._regimes = set()
         other._importance = ImportanceLog(other._call.writer)
@@ -334,6 +336,10 @@ class Session:
         self._record(positions.shape, out.logits.shape[1], started, duration)
         return logits
 
+    def _routing_probe(self, mode: str) -> RoutingProbe:
+        call = self._call
+        return RoutingProbe(self.lm.model, mode, positions=lambda: call.positions)
+
     def _set_capacity(self) -> None:
         """Resolves the budget of the method in charge for the prompt of each row."""
         self._call.capacity = allocate(self.lm.anatomy, self.setup.cache, self._prompt_tokens)
@@ -386,6 +392,9 @@ class Session:
         """Turns what waits on the device into rows, and fetches the samples of the devices."""
         choices, self._choices = self._choices, []
         self._call.writer.extend("routing", routing_rows(choices))
+        if self._routing.mode != "load":
+            for step, seen in choices:
+                self._call.writer.extend("choices", choice_rows(step, seen, [0] * len(self._tokens)))
         self._call.writer.extend("device", self._devices.rows())
 
     def _record_tokens(self, rows: list[list[int]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from workbench.engine.calibration import ready
@@ -53,7 +54,7 @@ class Setup:
         """The method in the cache slot."""
         return self.methods.get("cache")
 
-    @property
+    @cached_property
     def label(self) -> str:
         """What the setup is called in tables and figures."""
         return " + ".join(method.label for method in self.methods.values()) or "dense"

@@ -1,4 +1,4 @@
-"""Thinning: after some layer of a prompt only some tokens go on, so that later layers really compute and hold less.
+"""Thinning: after some layers of a prompt only some tokens go on, so that later layers really compute and hold less.
 
 Decoder layers pass hidden states and per-token arguments (rotary cos and sin, position ids) as tensors `[B, Q, ...]`. Hooks
 on the later layers gather the tokens that go on from each; tokens keep their positions. Whether a model can be thinned so is
@@ -29,17 +29,15 @@ from workbench.probes.unobserved import unobserved
 from workbench.trace.anatomy import Anatomy
 from workbench.trace.store import TraceWriter
 
-_LENGTH = 12
-
-_checked: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
-"""The layers after which a model was seen to take thinning."""
+_checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
+"""The layers after which, together, a model was seen to take thinning."""
 
 
 class Thinner:
-    """Between `attach` and `detach`, hands the layers after one only the tokens that the call says go on."""
+    """Between `attach` and `detach`, hands the layers after some only the tokens that the call says go on."""
 
-    def __init__(self, model: nn.Module, after: int, call: Call):
-        self._layers = decoder_layers(model)[after + 1 :]
+    def __init__(self, model: nn.Module, after: tuple[int, ...], call: Call):
+        self._layers = decoder_layers(model)[after[0] + 1 :]
         self._call = call
         self._handles: list[RemovableHandle] = []
 
@@ -58,14 +56,16 @@ class Thinner:
         thinned = self._call.thinned
         if thinned is None:
             return None
-        num_tokens = thinned.absent.shape[1]
+        # What comes from the layer before has lost what earlier layers lost; what comes from outside is whole.
+        by_length = {thinned.there: thinned.last, thinned.absent.shape[1]: thinned.index}
 
         def chosen(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or value.ndim < 2 or value.shape[1] != num_tokens:
+            if not isinstance(value, torch.Tensor) or value.ndim < 2 or value.shape[1] not in by_length:
                 return value
-            index = thinned.index.view(*thinned.index.shape, *(1,) * (value.ndim - 2))
-            whole = value.expand(len(index), *value.shape[1:])
-            return whole.gather(1, index.expand(*thinned.index.shape, *value.shape[2:]))
+            which = by_length[value.shape[1]]
+            whole = value.expand(len(which), *value.shape[1:])
+            index = which.view(*which.shape, *(1,) * (value.ndim - 2))
+            return whole.gather(1, index.expand(*which.shape, *value.shape[2:]))
 
         return tuple(tree_map(chosen, args)), tree_map(chosen, kwargs)
 
@@ -75,15 +75,15 @@ def thinners(model: nn.Module, policy: CachePolicy | None, call: Call) -> list[T
     if policy is None or THINNING not in policy.needs or call.phase != "prefill":
         return []
     after = policy.thins_after(len(decoder_layers(model)))
-    return [] if after is None else [Thinner(model, after, call)]
+    return [Thinner(model, after, call)] if after else []
 
 
 def check_thinning(model: nn.Module, anatomy: Anatomy, policy: CachePolicy | None) -> None:
     """Tries what a thinning policy wants on a short prompt. Raises UserError for a model that cannot be thinned so."""
-    after = policy.thins_after(anatomy.num_layers) if policy is not None and THINNING in policy.needs else None
-    if after is None or after in _checked.get(model, ()):
+    after = policy.thins_after(anatomy.num_layers) if policy is not None and THINNING in policy.needs else ()
+    if not after or after in _checked.get(model, ()):
         return
-    slides = next((layer.index for layer in anatomy.layers[after:] if layer.attention.window is not None), None)
+    slides = next((layer.index for layer in anatomy.layers[after[0] :] if layer.attention.window is not None), None)
     if slides is not None:
         why = f"layer {slides} sees a sliding window, which would reach further back over the tokens that are left"
         raise UserError(_refusal(model, after, why))
@@ -111,15 +111,20 @@ def _hide(call: Call, passing: torch.Tensor) -> None:
 
 @torch.no_grad()
 def _last_logits(
-    model: nn.Module, anatomy: Anatomy, after: int, leave_out: Callable[[Call, torch.Tensor], None]
+    model: nn.Module, anatomy: Anatomy, after: tuple[int, ...], leave_out: Callable[[Call, torch.Tensor], None]
 ) -> torch.Tensor:
-    """Logits of the last of a few tokens `[V]`, when every third one does not go on after a layer."""
-    ids = torch.arange(2, 2 + _LENGTH, device=model.device)[None] % anatomy.vocab_size
-    positions = torch.arange(_LENGTH, dtype=torch.int32, device=model.device)[None]
-    call = Call(TraceWriter({}), positions=positions, seen=[_LENGTH])
-    passing = positions % 3 != 0
+    """Logits of the last of a few tokens `[V]`, when after each of some layers a few do not go on: of one, every third."""
+    each = len(after) + 2
+    length = 4 * each
+    ids = torch.arange(2, 2 + length, device=model.device)[None] % anatomy.vocab_size
+    positions = torch.arange(length, dtype=torch.int32, device=model.device)[None]
+    call = Call(TraceWriter({}), positions=positions, seen=[length])
     cache = engine_cache(model, anatomy, None, call)
-    with unobserved(), engine_attention(attention_configs(model)), _before(model, after + 1, lambda: leave_out(call, passing)):
+
+    def thin(number: int) -> None:
+        leave_out(call, call.positions % each != number)
+
+    with unobserved(), engine_attention(attention_configs(model)), _before(model, after, thin):
         thinner = Thinner(model, after, call)
         thinner.attach()
         try:
@@ -130,13 +135,19 @@ def _last_logits(
 
 
 @contextmanager
-def _before(model: nn.Module, layer: int, act: Callable[[], None]) -> Iterator[None]:
-    handle = decoder_layers(model)[layer].register_forward_pre_hook(lambda *_: act())
+def _before(model: nn.Module, after: tuple[int, ...], act: Callable[[int], None]) -> Iterator[None]:
+    """Before the layer after each of some runs, acts with the number of it."""
+    layers = decoder_layers(model)
+    handles = [
+        layers[index + 1].register_forward_pre_hook(lambda *_, number=number: act(number)) for number, index in enumerate(after)
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def _refusal(model: nn.Module, after: int, why: str) -> str:
-    return f"{type(model).__name__} cannot go on with some tokens only after layer {after}: {why}; choose another method."
+def _refusal(model: nn.Module, after: tuple[int, ...], why: str) -> str:
+    layers = f"layer {after[0]}" if len(after) == 1 else f"layers {', '.join(map(str, after))}"
+    return f"{type(model).__name__} cannot go on with some tokens only after {layers}: {why}; choose another method."

@@ -47,15 +47,15 @@ def calibrate(
         method: a method that needs it, or its text form such as `compress-kv`; knobs the calibration depends on count.
         documents: texts to learn from; by default eight documents of 512 tokens (fewer if the model has no room), in which
             facts are hidden in prose and recalled at the end.
-        on_progress: called with a label, texts done and texts in all.
+        on_progress: called with a label, and texts (of a training, steps) done and in all.
 
     Raises:
         UserError: for a method that needs no calibration, or texts that do not fit the model.
     """
     chosen = parse_method(method) if isinstance(method, str) else method
     model = fingerprint(lm)
-    if chosen.calibrated_by is None:
-        needing = ", ".join(name for name, cls in METHODS.items() if cls.calibrated_by is not None)
+    if not chosen.needs_calibration:
+        needing = ", ".join(map(_title, _to_calibrate()))
         raise UserError(f"{chosen.label!r} needs no calibration; those that do are {needing}.")
     if model is None:
         raise UserError(f"Some weights of {lm.name} are not in memory, so a calibration of it could not be found again.")
@@ -69,8 +69,7 @@ def calibrate(
 def ship(name: str) -> list[Path]:
     """Calibrates every method, with its default knobs, for a built-in model, and keeps that beside the model."""
     lm = load(name, device="cpu")
-    methods = [cls() for cls in METHODS.values() if cls.calibrated_by is not None]
-    return [_found(lm, method, fingerprint(lm), None, None).save(shipped_file(name, method)) for method in methods]
+    return [_found(lm, method, fingerprint(lm), None, None).save(shipped_file(name, method)) for method in _to_calibrate()]
 
 
 def _found(
@@ -79,6 +78,7 @@ def _found(
     texts = recall_documents(lm, TEXTS) if documents is None else tuple(documents)
     if not texts:
         raise UserError("There is no text to calibrate with; give at least one document, or leave documents out.")
+    layers = tuple(_acting(lm))
     with torch.no_grad():
         tables = method.calibrate(_Samples(lm, method, texts, on_progress))
     about = {
@@ -87,15 +87,25 @@ def _found(
         "documents": len(texts),
         "tokens": sum(len(text.tokens) for text in texts),
     }
-    layers = tuple(acting_layers(lm.anatomy))
     tables = {name: table.detach().cpu() for name, table in tables.items()}
     return Calibration(method.name, method.calibration_knobs(), model, layers, about, tables)
 
 
 def calibrations(lm: LM) -> dict[str, Calibration | None]:
-    """The methods that can be calibrated, with their default knobs, and what there is of them for a model."""
+    """What can be calibrated, methods with their default knobs in their text form, and what there is of it for a model."""
     model = fingerprint(lm)
-    return {name: find(model, cls()) if model else None for name, cls in METHODS.items() if cls.calibrated_by is not None}
+    return {_title(method): find(model, method) if model else None for method in _to_calibrate()}
+
+
+def _to_calibrate() -> list[Method]:
+    return [method for cls in METHODS.values() for method in cls.to_calibrate()]
+
+
+def _title(method: Method) -> str:
+    """The method's name, with those of its calibration's knobs that are not at their defaults, as the command line takes it."""
+    usual = type(method)().calibration_knobs()
+    knobs = [f"{name}={value}" for name, value in method.calibration_knobs().items() if value != usual[name]]
+    return f"{method.name}:{','.join(knobs)}" if knobs else method.name
 
 
 def recall_documents(lm: LM, texts: int, *, context: int = CONTEXT, seed: int = SEED) -> tuple[Document, ...]:
@@ -133,21 +143,23 @@ class _Samples:
 
     lm: LM
     method: Method
-    texts: tuple[Document, ...]
+    documents: tuple[Document, ...]
     on_progress: Progress | None
 
     def __iter__(self) -> Iterator[Sample]:
-        for done, text in enumerate(self.texts, 1):
+        for done, text in enumerate(self.documents, 1):
             yield observed(self.lm, text, ROTATION in getattr(self.method, "needs", ()))
-            if self.on_progress is not None:
-                self.on_progress(f"{self.method.name}: texts", done, len(self.texts))
+            self.advance(done, len(self.documents), "texts")
+
+    def advance(self, done: int, total: int, what: str = "steps") -> None:
+        """Hands on how much is done."""
+        if self.on_progress is not None:
+            self.on_progress(f"{self.method.name}: {what}", done, total)
 
 
 def observed(lm: LM, document: Document, with_rotation: bool = False) -> Sample:
     """Runs a document through a model, densely and in one call. Raises UserError if there is no layer to observe."""
-    layers = acting_layers(lm.anatomy)
-    if not layers:
-        raise UserError(f"Every layer of {lm.name} has a sliding window, which no cache method touches.")
+    layers = _acting(lm)
     session = Session(lm)
     taken = QueryProbe(layers, len(document.tokens))
     probe = AttentionProbe(lm.model, taken)
@@ -167,6 +179,13 @@ def observed(lm: LM, document: Document, with_rotation: bool = False) -> Sample:
     if missing:
         raise UserError(f"The output projection of layer {missing[0]} of {lm.name} was not found; choose another method.")
     return Sample(document, tuple(states), tuple(every[index] for index in layers))
+
+
+def _acting(lm: LM) -> list[int]:
+    layers = acting_layers(lm.anatomy)
+    if not layers:
+        raise UserError(f"Every layer of {lm.name} has a sliding window, which no cache method touches.")
+    return layers
 
 
 def _state(tensors: LayerTensors, num_layers: int, rotation) -> LayerState:

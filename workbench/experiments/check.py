@@ -52,8 +52,8 @@ def check_replay(
     checked = []
     chosen = _spread(replay.points, points)
     for number, point in enumerate(chosen, 1):
-        logits, held = _run(lm, _method(point), recording, tokens)
-        overlaps = [_overlap(replay, point, held, step) for step in range(recording.steps)]
+        logits, read = _run(lm, _method(point), recording, tokens)
+        overlaps = [_overlap(replay, point, read, step) for step in range(recording.steps)]
         checked.append(
             CheckedPoint(
                 method=point.method,
@@ -85,9 +85,9 @@ def _method(point: Point) -> Method:
 
 
 def _run(lm: LM, method: Method | None, recording: Recording, tokens: list[int]) -> tuple[torch.Tensor, list[list[np.ndarray]]]:
-    """Logits `[S, V]` after each recorded token, and `[layer][step]` the positions `[H, C]` held while it was decoded.
+    """Logits `[S, V]` after each recorded token, and `[layer][step]` the positions `[H, C]` read while it was decoded.
 
-    Positions are -1 where a head holds fewer tokens than others.
+    Positions are -1 where a head reads fewer tokens than others; the token being decoded may be missing.
     """
     session = Session(lm, method)
     session.prefill(tokens[: recording.prompt_tokens])
@@ -95,12 +95,14 @@ def _run(lm: LM, method: Method | None, recording: Recording, tokens: list[int])
     if method is None:
         _check_same_model(lm, recording, layers)
     logits: list[torch.Tensor] = []
-    held: list[list[np.ndarray]] = [[] for _ in layers]
+    read: list[list[np.ndarray]] = [[] for _ in layers]
     for token in tokens[recording.prompt_tokens :]:
-        for seen, layer in zip(held, layers, strict=True):
-            seen.append(layer.store.positions[0].cpu().numpy().copy())
+        held = [layer.store.positions[0].cpu().numpy().copy() for layer in layers]
         logits.append(session.step([token])[0])
-    return torch.stack(logits), held
+        for seen, layer, positions in zip(read, layers, held, strict=True):
+            chosen = layer.selected  # by query heads, if each has its own; those of a kv head follow each other
+            seen.append(positions if chosen is None else chosen[0].reshape(len(positions), -1).cpu().numpy())
+    return torch.stack(logits), read
 
 
 def _check_same_model(lm: LM, recording: Recording, layers: list[EngineLayer]) -> None:
@@ -113,12 +115,15 @@ def _check_same_model(lm: LM, recording: Recording, layers: list[EngineLayer]) -
             raise UserError(message)
 
 
-def _overlap(replay: Replay, point: Point, held: list[list[np.ndarray]], step: int) -> list[float]:
-    """How much foretold and live kept sets share, by layer and head. The token being decoded, held by both, is left out."""
+def _overlap(replay: Replay, point: Point, read: list[list[np.ndarray]], step: int) -> list[float]:
+    """How much foretold and live sets share, by layer and head. The token being decoded, read by both, is left out.
+
+    These are the sets kept, or of methods that select, those read.
+    """
     position = replay.about["prompt_tokens"] + step
     shares = []
-    for layer, live in zip(replay.about["layers"], held, strict=True):
-        for foretold, positions in zip(replay.kept(point.setup, point.budget, layer, step), live[step], strict=True):
-            one, other = set(foretold.tolist()) - {position}, set(positions.tolist()) - {-1}
+    for layer, live in zip(replay.about["layers"], read, strict=True):
+        for foretold, positions in zip(replay.read(point.setup, point.budget, layer, step), live[step], strict=True):
+            one, other = set(foretold.tolist()) - {position}, set(positions.tolist()) - {-1, position}
             shares.append(len(one & other) / max(1, len(one | other)))
     return shares

@@ -2,7 +2,8 @@
 
 The attention rows of the decoded tokens over all keys are computed once a layer. A kept set then is a mask on them:
 what it lets through is the mass retained, and the masked row, made to sum to one again, gives the output the method
-would have had. The policies are those that run live, on a `LayerState` of the recorded tensors.
+would have had. The policies are those that run live, on a `LayerState` of the recorded tensors, or where that is not
+enough in the engine's own layers (`replay_layers.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -22,7 +25,8 @@ from workbench.engine.calibration import ready_for
 from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState, kept_beside
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
-from workbench.experiments.replay_layers import gone_by_layer, has_state
+from workbench.experiments.rehearsed import continues, rehearsal_of
+from workbench.experiments.replay_layers import Followed, check_complete, follow, needs_layers, rotation
 from workbench.methods.base import Budget, Method, parse_method
 from workbench.methods.cache.base import CacheMethod
 from workbench.probes.memory import free_bytes
@@ -53,19 +57,22 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     families = [_at_budgets(given, wanted, recording) for given in methods]
     if not wanted or not families:
         raise UserError("There is nothing to replay: give at least one method and one budget.")
-    _check_room(recording, len(wanted))
+    _check_room(recording, families)
     with torch.no_grad():
-        stateful = [policy for family in families for policy in family if has_state(policy)]
-        states = {policy.label: gone_by_layer(recording, policy) for policy in stateful}
-    layers = _side_by_side(
-        lambda layer: [result for family in families for result in _family(_scene(recording, layer), family, states)],
-        recording.layers,
-    )
+        joint = [policy for family in families for policy in family if policy.joint is not None]
+        together = {policy.label: follow(recording, policy, recording.layers) for policy in joint}
+
+    def work(layer: LayerTensors) -> list[_Replayed]:
+        scene = _scene(recording, layer)
+        return [result for family in families for result in _family(recording, scene, family, together)]
+
+    layers = _side_by_side(work, recording.layers)
     points = []
     for number, policy in enumerate(itertools.chain.from_iterable(families)):
         parts = [results[number] for results in layers]
         arrays = [torch.stack([getattr(part, each) for part in parts]).cpu().numpy() for each in _ARRAYS]
-        points.append(Point(_name(policy), policy.budget, policy.label, *arrays))
+        read = np.stack([part.read for part in parts]) if policy.selects else None
+        points.append(Point(_name(policy), policy.budget, policy.label, *arrays, read))
     about = {
         "model": recording.trace.anatomy.class_name,
         "layers": [layer.layer for layer in recording.layers],
@@ -75,14 +82,29 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     return Replay(about, tuple(points))
 
 
-def _check_room(recording: Recording, num_budgets: int) -> None:
-    """Raises UserError if what a replay holds at once is not free: rows thrice, and K and V of each budget, a thread."""
-    largest = 0
+def why_not(recording: Recording, method: Method | str) -> str | None:
+    """Why a method cannot be replayed on a recording, in a sentence; None if it can."""
+    try:
+        _at_budgets(method, [], recording)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _check_room(recording: Recording, families: Sequence[Sequence[CacheMethod]]) -> None:
+    """Raises UserError if what a replay holds at once is not free.
+
+    That is rows thrice, and K and V of each budget, a thread; and one bit a token and step of what methods select.
+    """
+    largest, num_budgets = 0, len(families[0])
+    selecting = sum(policy.selects for family in families for policy in family)
+    heads = sum(layer.keys.shape[0] for layer in recording.layers)
+    bits = selecting * heads * recording.steps * recording.tokens
     for layer in recording.layers:
         rows = 4 * layer.queries.shape[0] * recording.steps * recording.tokens
         largest = max(largest, 3 * rows + 2 * num_budgets * (layer.keys.nbytes + layer.values.nbytes))
     device = recording.layers[0].keys.device
-    wanted, free = largest * _workers(recording.layers), free_bytes(device)
+    wanted, free = largest * _workers(recording.layers) + bits // 8, free_bytes(device)
     if free is not None and wanted > free:
         raise UserError(
             f"A replay of {recording!r} at {num_budgets} budgets takes about {wanted:,} bytes and {free:,} are free; "
@@ -127,16 +149,11 @@ def _at_budgets(given: Method | str, budgets: list[Budget], recording: Recording
     method = parse_method(given) if isinstance(given, str) else given
     if not isinstance(method, CacheMethod):
         raise UserError(f"{given!r} has no budget to replay; give methods that evict, such as 'h2o' or wb.SnapKV(window=16).")
-    if method.selects:
+    unknown = [layer.layer for layer in recording.layers if layer.frequencies is None]
+    if (ROTATION in method.needs or method.by_slot) and unknown:
         raise UserError(
-            f"{method.name!r} selects what each step reads, which a replay of kept tokens cannot show; run it live."
+            f"{method.name!r} needs to know how the model rotates keys, which is unknown of layers {unknown}; choose another."
         )
-    if method.merges:
-        raise UserError(
-            f"{method.name!r} changes K and V of the tokens it keeps, which a replay takes as recorded; run it live."
-        )
-    if ROTATION in method.needs or method.by_slot:
-        raise UserError(f"{method.name!r} needs to know how the model rotates keys, which no recording holds; run it live.")
     if THINNING in method.needs:
         raise UserError(
             f"{method.name!r} changes what later layers compute, so a dense recording cannot serve it; run it live."
@@ -145,25 +162,33 @@ def _at_budgets(given: Method | str, budgets: list[Budget], recording: Recording
         _check_foresight(method, recording)
     meta = recording.trace.meta
     method = ready_for(method, meta.get("fingerprint"), meta.get("model", recording.trace.anatomy.class_name))
+    check_complete(recording, method)
     return [method.with_budget(budget) for budget in budgets]
 
 
 def _check_foresight(method: CacheMethod, recording: Recording) -> None:
-    """A recording holds the model's own continuation, as far as it was recorded, and no other rehearsal."""
-    rehearsal = method.rehearsal([recording.trace.table("tokens")["id"].tolist()[: recording.prompt_tokens]])
-    if rehearsal.tokens is not None or rehearsal.shift or rehearsal.trained:
-        raise UserError(f"{method.label!r} rehearses tokens of its own, which no recording holds; run it live.")
-    if rehearsal.count > recording.steps:
+    """A recording holds the model's own continuation, as far as it was recorded, and the rehearsals that were asked for."""
+    rehearsal = rehearsal_of(method, recording.prompt)
+    if rehearsal in recording.rehearsals or continues(rehearsal, recording.steps):
+        return
+    count = rehearsal["count"]
+    if continues(rehearsal, count):
         raise UserError(
-            f"{method.label!r} looks {rehearsal.count} tokens ahead and the recording has {recording.steps}; record with "
-            f"new_tokens={rehearsal.count}, or let it look less far."
+            f"{method.label!r} looks {count} tokens ahead and the recording has {recording.steps}; record with "
+            f"new_tokens={count}, or let it look less far."
         )
+    raise UserError(
+        f"{method.label!r} rehearses tokens of its own, which this recording does not hold; give the method to "
+        "wb.record(lm, prompt, rehearse=[method])."
+    )
 
 
 def _foresight(scene: _Scene, policy: CachePolicy) -> torch.Tensor:
-    """`[1, Hq, P]` attention of the recorded continuation over the prompt, as far as the method looks ahead."""
-    count = policy.rehearsal([[0]]).count
-    return scene.rows[:, :, :count, : scene.prompt].sum(2).flatten(0, 1)[None]
+    """`[1, Hq, P]` attention over the prompt from what was rehearsed, or from the recorded continuation, so far it looks."""
+    rehearsal = rehearsal_of(policy, scene.prompt_ids)
+    if rehearsal in scene.rehearsals:
+        return scene.layer.foresight[scene.rehearsals.index(rehearsal)][None]
+    return scene.rows[:, :, : rehearsal["count"], : scene.prompt].sum(2).flatten(0, 1)[None]
 
 
 def _name(policy: Method) -> str:
@@ -176,7 +201,7 @@ def _name(policy: Method) -> str:
     return f"{policy.name}({', '.join(knobs)})" if knobs else policy.name
 
 
-_ARRAYS = ("mass_retained", "output_error", "oracle_mass", "held_bytes", "gone")
+_ARRAYS = ("mass_retained", "output_error", "oracle_mass", "held_bytes", "read_bytes", "gone")
 
 
 @dataclass(frozen=True)
@@ -187,7 +212,9 @@ class _Replayed:
     output_error: torch.Tensor
     oracle_mass: torch.Tensor
     held_bytes: torch.Tensor
+    read_bytes: torch.Tensor
     gone: torch.Tensor
+    read: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -199,6 +226,9 @@ class _Scene:
     acting: list[int]
     """The layers methods act on, among which they share their budget."""
     prompt: int
+    prompt_ids: list[int]
+    rehearsals: tuple[dict[str, Any], ...]
+    """Of the recording, whose foresight the layer holds."""
     rows: torch.Tensor
     """`[H, G, S, N]` float32 attention of the decoded tokens."""
     total: torch.Tensor
@@ -224,6 +254,8 @@ class _Scene:
             num_layers=recording.trace.anatomy.num_layers,
             acting=acting_layers(recording.trace.anatomy),
             prompt=prompt,
+            prompt_ids=recording.prompt,
+            rehearsals=recording.rehearsals,
             rows=rows,
             total=dense[..., -1],
             sink=(1 - dense[..., -1]) * (layer.sinks is not None),
@@ -262,40 +294,49 @@ class _Scene:
         return seen[..., -1], seen[..., :-1]
 
 
-def _family(scene: _Scene, policies: Sequence[CacheMethod], states: dict[str, dict[int, torch.Tensor]]) -> Iterator[_Replayed]:
+def _family(
+    recording: Recording, scene: _Scene, policies: Sequence[CacheMethod], together: dict[str, dict[int, Followed]]
+) -> Iterator[_Replayed]:
     """One method at each budget. Deciding at every step is many small operations, so its budgets go together."""
-    if policies[0].label in states:
-        gone = torch.stack([states[policy.label][scene.layer.layer] for policy in policies])
-    elif "decode" in policies[0].acts:
-        gone = _gone(scene, policies)
-    else:
-        gone = torch.cat([_gone(scene, [policy]) for policy in policies])
+    layer = scene.layer
+    if needs_layers(policies[0]):
+        for policy in policies:
+            known = together.get(policy.label) or follow(recording, policy, [layer])
+            yield _replayed(scene, policy, known[layer.layer])
+        return
+    batches = [policies] if "decode" in policies[0].acts else [[policy] for policy in policies]
+    gone = torch.cat([_gone(scene, batch) for batch in batches])
     for policy, each in zip(policies, gone, strict=True):
-        yield _replayed(scene, policy, each)
+        yield _replayed(scene, policy, Followed(each))
 
 
-def _replayed(scene: _Scene, policy: CachePolicy, gone: torch.Tensor) -> _Replayed:
-    steps = scene.rows.shape[2]
-    mass, seen = scene.attend(gone)
-    weight = mass + scene.sink
-    out = seen / weight.clamp(min=torch.finfo(weight.dtype).tiny)[..., None]
+def _replayed(scene: _Scene, policy: CachePolicy, followed: Followed) -> _Replayed:
+    steps, gone, out = scene.rows.shape[2], followed.gone, followed.output
+    mass, seen = scene.attend(gone) if followed.read is None else ((scene.rows * followed.read).sum(-1), None)
+    if out is None:
+        weight = mass + scene.sink
+        out = seen / weight.clamp(min=torch.finfo(weight.dtype).tiny)[..., None]
     error = (out - scene.output).norm(dim=-1) / scene.output.norm(dim=-1)
     kept = (gone[:, None] > torch.arange(steps, device=gone.device)[:, None]).sum(-1)
     kept -= torch.arange(steps - 1, -1, -1, device=gone.device)  # tokens not decoded yet are not gone, but not held either
     layer = scene.layer
     a_token = (layer.keys.shape[-1] + layer.values.shape[-1]) * layer.keys.element_size()
+    by_head = None if followed.read is None else followed.read.any(1)
+    held_bytes = kept.sum(0) * a_token
     return _Replayed(
         mass_retained=(mass / scene.total).flatten(0, 1),
         output_error=error.flatten(0, 1),
-        oracle_mass=_oracle(scene, policy, gone, kept) / scene.total.mean(1),
-        held_bytes=kept.sum(0) * a_token,
+        oracle_mass=_oracle(scene, policy, gone, kept if by_head is None else by_head.sum(-1)) / scene.total.mean(1),
+        held_bytes=held_bytes,
+        read_bytes=held_bytes if followed.tokens_read is None else followed.tokens_read * a_token,
         gone=gone,
+        read=None if by_head is None else np.packbits(by_head.cpu().numpy(), axis=-1),
     )
 
 
 def _oracle(scene: _Scene, policy: CachePolicy, gone: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """`[H, S]` mass retained by the best kept set of as many tokens: see `Replay`."""
-    if "decode" in policy.acts:
+    """`[H, S]` mass retained by the best set of as many tokens as are read, `kept` `[H, S]`: see `Replay`."""
+    if "decode" in policy.acts or policy.selects:
         return scene.best_mass.gather(2, kept[..., None])[..., 0]
     chosen = (gone[:, : scene.prompt] > 0).sum(-1)[:, None, None].expand(-1, scene.rows.shape[2], 1)
     return scene.best_mass_once.gather(2, chosen)[..., 0]
@@ -358,8 +399,10 @@ def _decide(
         layer=scene.layer.layer,
         num_layers=scene.num_layers,
         phase="prefill" if step == 0 else "decode",
+        first=step == 0,
         queries=asked,
         mass=store.side.get(MASS),
+        rotation=rotation(scene.layer) if ROTATION in policy.needs else None,
         foresight=_foresight(scene, policy) if FORESIGHT in policy.needs else None,
     )
     occupied = state.occupied

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 from workbench.engine.session import Prompt
@@ -25,11 +26,17 @@ PERIOD_S = 0.25
 
 @dataclass(frozen=True)
 class _Order:
-    """Something to do between two tokens, and what `status` says meanwhile. `lm` is the model that it changes to."""
+    """Something to do between two tokens, and what `status` says meanwhile.
+
+    `lm` is the model that it changes to, and `tokens` what is to be decoded from then on; without, what was to be is.
+    """
 
     status: str
-    action: Callable[[], None]
+    action: Callable[[], object]
     lm: LM | None = None
+    tokens: int | None = None
+    stops: int = 0
+    """How often there had been a stop when this was ordered: a later one ends it, whatever is ordered after that."""
 
 
 class Player:
@@ -58,11 +65,13 @@ class Player:
         self._runs: dict[str, LiveRun] = {}
         self._lm: LM | None = None
         self._left = 0
+        self._stops = self._left_since = 0
+        """How often there was a stop, and had been one when the tokens that are left were ordered."""
         self._published = 0.0
         self._watched = time.monotonic()
         self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
         self._handing_over = threading.Lock()
-        self._stopping, self._closed, self._idle = threading.Event(), threading.Event(), threading.Event()
+        self._closed, self._idle = threading.Event(), threading.Event()
         self._idle.set()
         threading.Thread(target=self._work, name=f"workbench {name}", daemon=True).start()
 
@@ -88,25 +97,20 @@ class Player:
             self.snapshots = MappingProxyType({})
             run = LiveRun(lm, setup, follow=follow, importance=importance)
             run.read(prompt)
-            self._runs, self._left = {run.name: run}, tokens
+            self._runs = {run.name: run}
 
-        self._order("reading", begin, lm)
+        self._order("reading", begin, lm, tokens)
 
     def play(self, tokens: int) -> None:
         """Decodes so many tokens more."""
-
-        def go_on() -> None:
-            self._run(None)
-            self._left = tokens
-
-        self._order("running", go_on)
+        self._order("running", lambda: self._run(None), tokens=tokens)
 
     def stop(self) -> None:
-        """Stops after the token at hand, or leaves the line; `play` goes on from there. Orders not begun are dropped."""
+        """Stops after the token at hand, or leaves the line; only `play` goes on from there. Orders not begun are dropped."""
         with self._handing_over:
             while not self._orders.empty():
                 self._orders.get()
-            self._stopping.set()
+            self._stops += 1
 
     def swap(self, setup: Setup | Method | None, run: str | None = None) -> None:
         """Puts another setup in charge of a run, or of the last one, from its next token on."""
@@ -130,9 +134,8 @@ class Player:
             self._run(None)
             for run in self._runs.values():
                 run.ask(text)
-            self._left = tokens
 
-        self._order("reading", further)
+        self._order("reading", further, tokens=tokens)
 
     def trace(self, run: str | None = None) -> Trace:
         """The trace of a run, or of the last one. Raises UserError if there is none, or it is playing."""
@@ -155,14 +158,13 @@ class Player:
         self._closed.set()
         self._orders.put(_Order("closed", lambda: None))
 
-    def _order(self, status: str, action: Callable[[], None], lm: LM | None = None) -> None:
+    def _order(self, status: str, action: Callable[[], object], lm: LM | None = None, tokens: int | None = None) -> None:
         if self._closed.is_set():
             raise UserError("This player is closed; make a new one.")
         self.watch()
         with self._handing_over:
-            self._stopping.clear()
             self._idle.clear()
-            self._orders.put(_Order(status, action, lm))
+            self._orders.put(_Order(status, action, lm, tokens, self._stops))
 
     def _work(self) -> None:
         """Carries out orders until it is closed."""
@@ -174,7 +176,7 @@ class Player:
             if lm is None:
                 self.error = "There is no run yet; start one first."
             else:
-                with line_of(lm.model).turn(self.name, self._wanted, self._waiting) as mine:
+                with line_of(lm.model).turn(self.name, partial(self._wanted, order), self._waiting) as mine:
                     later = self._play(order) if mine else None
             order = later or self._next()
         self._runs = {}
@@ -187,11 +189,12 @@ class Player:
             if self._orders.empty():
                 self.status = "idle"
                 self._idle.set()
-        return self._orders.get()
+        # What `close` put there to wake this thread may have been taken between two tokens.
+        return _Order("closed", lambda: None) if self._closed.is_set() else self._orders.get()
 
     def _play(self, order: _Order | None) -> _Order | None:
         """Carries out an order, then decodes what is left, obeying orders between tokens. Returns one for another model."""
-        while order is not None or (self._left and not self._stopping.is_set()):
+        while order is not None or (self._left and self._left_since == self._stops):
             if order is not None and order.lm not in (None, self._lm):
                 return order
             self._attempt(order or _Order("running", self._tick))
@@ -204,6 +207,8 @@ class Player:
         self.status = order.status
         try:
             order.action()
+            if order.tokens is not None:
+                self._left, self._left_since = order.tokens, order.stops
         except UserError as error:
             self.error, self._left = str(error), 0
         except Exception as error:  # the thread must outlive whatever a method of somebody's does wrong
@@ -233,8 +238,8 @@ class Player:
             raise UserError(f"There is no run {name!r}; there are {', '.join(self._runs)}.")
         return self._runs[name or next(reversed(self._runs))]
 
-    def _wanted(self) -> bool:
-        return not self._stopping.is_set()
+    def _wanted(self, order: _Order) -> bool:
+        return order.stops == self._stops
 
     def _waiting(self, before: int) -> None:
         self.status = f"waiting: {before} before you"

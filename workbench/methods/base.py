@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -14,7 +14,7 @@ from workbench.registry import Registry
 if TYPE_CHECKING:
     import torch
 
-    from workbench.engine.calibration import Calibration, Sample
+    from workbench.engine.calibration import Calibration, Samples
 
 SLOTS = ("cache", "attention", "routing", "decoding", "reuse")
 
@@ -56,7 +56,12 @@ class Method:
         """The knobs its calibration depends on, and their values."""
         return {name: getattr(self, name) for name in self.calibrated_by or ()}
 
-    def calibrate(self, samples: Iterable[Sample]) -> dict[str, torch.Tensor]:
+    @classmethod
+    def to_calibrate(cls) -> tuple[Self, ...]:
+        """The method with default knobs as far as these need a calibration: once, or once for each way it has."""
+        return () if cls.calibrated_by is None else (cls(),)
+
+    def calibrate(self, samples: Samples) -> dict[str, torch.Tensor]:
         """Makes the tables. Samples may be gone through more than once; each time runs the model over the texts."""
         raise TypeError(f"{type(self).__name__} must say how it is calibrated: define calibrate(samples).")
 

@@ -96,6 +96,19 @@ def expert_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def router_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The module whose weight `[E, hidden]` scores the experts, by layer index; layers where none is found are left out."""
+    found = {}
+    for index, experts in expert_modules(model).items():
+        for module in decoder_layers(model)[index].modules():
+            weight = getattr(module, "weight", None)
+            scores = isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[0] == experts.down_proj.shape[0]
+            if scores and (_is_router(module) or _is_linear(module)):
+                found[index] = module
+                break
+    return found
+
+
 def component_modules(model: nn.Module) -> dict[nn.Module, str]:
     """The component of every module whose work has a name of its own: matrix products, norms, embedding and head."""
     found: dict[nn.Module, str] = {module: "norm" for module in model.modules() if _is_norm(module)}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from workbench.plots.theme import KEPT_SCALE, style
+from workbench.plots.matrix import token_matrix
+from workbench.plots.text import plain
+from workbench.plots.theme import HELD_HEATMAP
 from workbench.trace.trace import Trace
-
-MAX_COLUMNS = 2000
-"""Wider maps are averaged into this many columns before they are drawn."""
 
 
 def kept_share(trace: Trace, row: int = 0) -> np.ndarray:
@@ -31,32 +30,20 @@ def kept_share(trace: Trace, row: int = 0) -> np.ndarray:
 def cache_map(trace: Trace, row: int = 0) -> go.Figure:
     """Heat map of what is held at the end of a run: layers by positions, dark where every kv head holds the token."""
     share = kept_share(trace, row)
-    num_layers, length = share.shape
+    texts, phases = tokens_of(trace, row, share.shape[1])
+    return token_matrix(
+        share,
+        range(len(share)),
+        texts,
+        phases,
+        title=f"Tokens held at the end: {plain(trace.setup)}",
+        value="held by VALUE:.0%} of kv heads",
+        heatmap=HELD_HEATMAP,
+    )
+
+
+def tokens_of(trace: Trace, row: int, length: int) -> tuple[list[str | None], list[str]]:
+    """Text and phase of each position of a row; "" where the trace names none."""
     tokens = trace.table("tokens")
-    texts = tokens[tokens["row"] == row].drop_duplicates("position").set_index("position")["text"]
-    labels = [repr(texts.get(position) or "") for position in range(length)]
-    width = -(-length // MAX_COLUMNS)
-    starts = range(0, length, width)
-    columns = [" ".join(labels[start : start + width]) if width < 8 else labels[start] for start in starts]
-    reduced = np.stack([share[:, start : start + width].mean(1) for start in starts], 1)
-    figure = go.Figure(
-        go.Heatmap(
-            z=reduced,
-            x=list(starts),
-            y=list(range(num_layers)),
-            customdata=np.tile(np.array(columns, dtype=object), (num_layers, 1)),
-            colorscale=KEPT_SCALE,
-            zmin=0,
-            zmax=1,
-            colorbar={"title": "share of<br>kv heads", "tickformat": ".0%"},
-            hovertemplate="position %{x}, layer %{y}<br>%{customdata}<br>held by %{z:.0%} of kv heads<extra></extra>",
-        )
-    )
-    style(
-        figure,
-        f"Tokens held at the end: {trace.setup}",
-        "position in the text",
-        "layer",
-        height=120 + 34 * min(num_layers, 20),
-    )
-    return figure.update_yaxes(autorange="reversed", dtick=1 if num_layers <= 20 else None)
+    tokens = tokens[tokens["row"] == row].drop_duplicates("position").set_index("position").reindex(range(length))
+    return list(tokens["text"].fillna("")), list(tokens["phase"].ffill().fillna(""))

@@ -7,8 +7,9 @@ import plotly.graph_objects as go
 
 from workbench.cost.metrics import mass_by_position
 from workbench.errors import UserError
-from workbench.plots.cache_map import MAX_COLUMNS
-from workbench.plots.theme import style
+from workbench.plots.cache_map import tokens_of
+from workbench.plots.matrix import token_matrix
+from workbench.plots.theme import MASS_HEATMAP, MASS_MARK
 from workbench.trace.trace import Trace
 
 
@@ -32,25 +33,15 @@ def importance_map(trace: Trace, step: int | None = None, row: int = 0) -> go.Fi
         of_layer = table[table["layer"] == layer]
         for line in of_layer.itertuples():
             grid[number, line.start : line.start + line.length] += mass_by_position(line) / line.window / len(of_layer)
-    width = -(-length // MAX_COLUMNS)
-    starts = range(0, length, width)
-    reduced = np.stack([grid[:, start : start + width].sum(1) for start in starts], 1)
-    figure = go.Figure(
-        go.Heatmap(
-            z=np.log10(np.maximum(reduced, 1e-6)),
-            x=list(starts),
-            y=layers,
-            customdata=reduced,
-            colorscale="Cividis",
-            colorbar={"title": "log10<br>mass"},
-            hovertemplate="position %{x}, layer %{y}<br>mass %{customdata:.4f}<extra></extra>",
-        )
+    texts, phases = tokens_of(trace, row, length)
+    return token_matrix(
+        grid,
+        layers,
+        texts,
+        phases,
+        title=f"Attention mass by position, step {step}",
+        value="mass VALUE:.4f}",
+        heatmap=MASS_HEATMAP,
+        mark=MASS_MARK,
+        logarithm=True,
     )
-    style(
-        figure,
-        f"Attention mass by position, step {step}",
-        "position in the text",
-        "layer",
-        height=120 + 34 * min(len(layers), 20),
-    )
-    return figure.update_yaxes(autorange="reversed")

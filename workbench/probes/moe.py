@@ -2,7 +2,8 @@
 
 The module is called with the chosen experts and their weights, so a pre-forward hook sees the routing of any model
 whose experts are stacked in one module. The hook keeps the two tensors and nothing else; they are fetched and counted
-in bulk later, with no device sync while the model runs.
+in bulk later, with no device sync while the model runs. Where the router's logits are wanted, a hook on the router computes
+them from what it was given, since what routers return differs.
 """
 
 from __future__ import annotations
@@ -10,17 +11,43 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from workbench.models.anatomy import expert_modules
+from workbench.errors import UserError
+from workbench.models.anatomy import expert_modules, router_modules
 
-Choice = tuple[int, int, torch.Tensor, torch.Tensor]
-"""Layer, number of experts, chosen experts `[tokens, k]` and their weights `[tokens, k]`."""
+MODES = ("load", "choices", "logits")
+"""What is recorded of routing: tokens by expert alone, every token's choices too, or the router's logits as well."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one call of a layer's experts was told."""
+
+    layer: int
+    num_experts: int
+    experts: torch.Tensor
+    """`[tokens, k]`; the number of experts where a token was dropped."""
+    weights: torch.Tensor
+    """`[tokens, k]`."""
+    logits: torch.Tensor | None = None
+    """`[tokens, E]` float32."""
+    positions: torch.Tensor | None = None
+    """`[B, Q]` positions of the tokens, -1 for padding, where whoever runs the model knows them."""
+
+
+def check_mode(mode: str) -> str:
+    """The mode itself. Raises UserError for one there is not."""
+    if mode not in MODES:
+        raise UserError(f"There is no routing mode {mode!r}; the modes are {', '.join(MODES)}.")
+    return mode
 
 
 class _Seen(threading.local):
@@ -28,13 +55,24 @@ class _Seen(threading.local):
 
     def __init__(self):
         self.choices: list[Choice] = []
+        self.logits: dict[int, torch.Tensor] = {}
 
 
 class RoutingProbe:
     """Hooks every experts module and keeps the choices of each call until `take`."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, mode: str = "load", positions: Callable[[], torch.Tensor] | None = None):
+        """Nothing is hooked before `attach`.
+
+        Args:
+            model: the model.
+            mode: one of `MODES`.
+            positions: where the tokens of the call in progress stand, if the caller knows.
+        """
+        self.mode = check_mode(mode)
+        self._positions = positions if mode != "load" else None
         self._modules = expert_modules(model)
+        self._routers = router_modules(model) if mode == "logits" else {}
         self._handles: list[RemovableHandle] = []
         self._here = _Seen()
         self.missed = 0
@@ -45,6 +83,8 @@ class RoutingProbe:
         for layer, module in self._modules.items():
             handle = module.register_forward_pre_hook(self._observer(layer), with_kwargs=True)
             self._handles.append(handle)
+        for layer, module in self._routers.items():
+            self._handles.append(module.register_forward_pre_hook(self._router_observer(layer), with_kwargs=True))
 
     def detach(self) -> None:
         """Removes every hook."""
@@ -65,7 +105,19 @@ class RoutingProbe:
             if choice is None:
                 self.missed += 1
             else:
-                self._here.choices.append((layer, num_experts, *choice))
+                logits = self._here.logits.pop(layer, None)
+                positions = self._positions() if self._positions is not None else None
+                self._here.choices.append(Choice(layer, num_experts, *choice, logits, positions))
+
+        return observe
+
+    def _router_observer(self, layer: int) -> Callable[[nn.Module, tuple, dict], None]:
+        def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden = args[0] if args else next(iter(kwargs.values()))
+            bias = getattr(module, "bias", None)
+            with torch.no_grad():
+                flat = hidden.reshape(-1, hidden.shape[-1]).float()
+                self._here.logits[layer] = F.linear(flat, module.weight.float(), None if bias is None else bias.float())
 
         return observe
 
@@ -85,24 +137,39 @@ def chosen_experts(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, t
 
 
 def routing_rows(steps: list[tuple[int, list[Choice]]]) -> Iterator[tuple]:
-    """Rows of the routing table for several steps, their tensors fetched in one go.
-
-    A chosen expert equal to the number of experts means that the token was dropped there; it is not counted.
-    """
-    choices = [(step, *choice) for step, seen in steps for choice in seen]
+    """Rows of the routing table for several steps, their tensors fetched in one go. Dropped tokens are not counted."""
+    choices = [(step, choice) for step, seen in steps for choice in seen]
     if not choices:
         return
-    experts = _fetched([index.reshape(-1) for *_, index, _ in choices])
-    weights = _fetched([weight.reshape(-1).float() for *_, weight in choices])
+    experts = _fetched([choice.experts.reshape(-1) for _, choice in choices])
+    weights = _fetched([choice.weights.reshape(-1).float() for _, choice in choices])
     start = 0
-    for step, layer, num_experts, index, _ in choices:
-        stop = start + index.numel()
-        chosen, given = experts[start:stop], weights[start:stop]
-        tokens = np.bincount(chosen, minlength=num_experts)[:num_experts]
-        sums = np.bincount(chosen, weights=given, minlength=num_experts)[:num_experts]
+    for step, choice in choices:
+        stop = start + choice.experts.numel()
+        chosen, given, count = experts[start:stop], weights[start:stop], choice.num_experts
+        tokens = np.bincount(chosen, minlength=count)[:count]
+        sums = np.bincount(chosen, weights=given, minlength=count)[:count]
         for expert, (num_tokens, weight_sum) in enumerate(zip(tokens.tolist(), sums.tolist(), strict=True)):
-            yield step, layer, expert, num_tokens, weight_sum
+            yield step, choice.layer, expert, num_tokens, weight_sum
         start = stop
+
+
+def choice_rows(step: int, choices: list[Choice], starts: list[int]) -> Iterator[tuple]:
+    """Rows of the table of choices for one step; `starts` is the position of each row's first token, below 0 for padding."""
+    for choice in choices:
+        tokens = len(choice.experts.reshape(-1, choice.experts.shape[-1]))
+        if choice.positions is None:
+            length = tokens // len(starts)
+            positions = [start + column for start in starts for column in range(length)]
+        else:
+            positions = choice.positions.flatten().tolist()
+        rows = np.repeat(np.arange(len(starts)), tokens // len(starts)).tolist()
+        experts = choice.experts.reshape(tokens, -1).where(choice.experts.reshape(tokens, -1) < choice.num_experts, -1)
+        logits = [None] * tokens if choice.logits is None else choice.logits.tolist()
+        columns = (rows, positions, experts.tolist(), choice.weights.reshape(tokens, -1).float().tolist(), logits)
+        for row, position, *token in zip(*columns, strict=True):
+            if position >= 0:
+                yield step, choice.layer, row, position, *token
 
 
 def _fetched(tensors: list[torch.Tensor]) -> np.ndarray:

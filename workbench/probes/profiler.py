@@ -26,7 +26,7 @@ from workbench.probes.device import device_sampler
 from workbench.probes.environment import environment
 from workbench.probes.importance import ImportanceLog, attention_mass, check_mode, observes
 from workbench.probes.layer_check import LayerCheck
-from workbench.probes.moe import RoutingProbe, routing_rows
+from workbench.probes.moe import RoutingProbe, choice_rows, routing_rows
 from workbench.probes.observable import check_observable, refuse_compiled
 from workbench.probes.spans import SpanProbe, elapsed_ns, mark, span_rows
 from workbench.probes.step import Step
@@ -51,6 +51,7 @@ class Profile:
         model: nn.Module,
         importance: str = "off",
         *,
+        routing: str = "load",
         spans: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         out: str | Path | None = None,
@@ -72,7 +73,8 @@ class Profile:
             "device_period_s": self._devices.period_s,
         }
         self._writer = TraceWriter(meta, Path(out) if out is not None else None)
-        self._routing: RoutingProbe | None = RoutingProbe(model)
+        self._routing: RoutingProbe | None = RoutingProbe(model, routing)
+        self._routing_mode = routing
         self._spans = SpanProbe(model) if spans else None
         self._detach = ExitStack()
         self._used = False
@@ -392,6 +394,9 @@ class Profile:
             for step in pending:
                 self._write(step)
             self._writer.extend("routing", routing_rows([(step.number, step.routing) for step in pending]))
+            if self._routing_mode != "load":
+                for step in pending:
+                    self._writer.extend("choices", choice_rows(step.number, step.routing, _starts(step)))
             self._writer.extend("device", self._devices.rows())
             self._writer.flush(everything=self._writer.directory is not None)
 
@@ -421,18 +426,24 @@ class Profile:
     def _write_tokens(self, step: Step) -> None:
         if step.ids is None:
             return
-        padding = [0] * step.batch if step.padding is None else step.padding.tolist()
-        for row, ids in enumerate(step.ids.tolist()):
-            for position, token in enumerate(ids, step.past - padding[row]):
+        for row, (start, ids) in enumerate(zip(_starts(step), step.ids.tolist(), strict=True)):
+            for position, token in enumerate(ids, start):
                 if position >= 0:
                     text = self.tokenizer.decode([token]) if self.tokenizer is not None else None
                     self._writer.add("tokens", step.number, row, position, token, text, None, None, step.phase)
+
+
+def _starts(step: Step) -> list[int]:
+    """The position of the first token of each row, below 0 where the row begins with padding."""
+    padding = [0] * step.batch if step.padding is None else step.padding.tolist()
+    return [step.past - missing for missing in padding]
 
 
 def profile(
     model: nn.Module,
     importance: str = "off",
     *,
+    routing: str = "load",
     spans: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
@@ -446,6 +457,8 @@ def profile(
         model: any `transformers` causal LM; it may be called by `forward`, `generate` or a loop of your own.
         importance: `off`; `decode` (attention mass of each decoded token); `window` (of the last 32 queries of a prompt
             too); `full` (of all queries).
+        routing: `load` (tokens each expert is given); `choices` (also where each token went, table `choices`); `logits` (also
+            the router's logits over all experts).
         spans: times every layer and its parts too (table `spans`), which costs two hooks a module.
         tokenizer: writes tokens as text into the trace.
         out: directory to stream the trace to; a killed process leaves a readable trace there.
@@ -456,7 +469,9 @@ def profile(
         UserError: if the model is no decoder-only causal LM, is compiled, only wraps one, or its attention cannot be
             observed, and for a period that is none.
     """
-    return Profile(model, importance, spans=spans, tokenizer=tokenizer, out=out, device_period_s=device_period_s)
+    return Profile(
+        model, importance, routing=routing, spans=spans, tokenizer=tokenizer, out=out, device_period_s=device_period_s
+    )
 
 
 def _unseen_attention(step: Step) -> Iterator[tuple[tuple[int, int], tuple]]:

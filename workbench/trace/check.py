@@ -23,9 +23,9 @@ class CheckedPoint:
     live_top1: float
     """Share of the recorded tokens where the likeliest token is the dense run's."""
     kept_overlap: float
-    """Tokens held in both runs over tokens held in either, mean over layers, kv heads and steps."""
+    """Tokens held in both runs over tokens held in either, mean over layers, kv heads and steps; read, if it selects."""
     kept_equal: float
-    """Share of layers, kv heads and steps where exactly the foretold tokens were held."""
+    """Share of layers, kv heads and steps where exactly the foretold tokens were held, or read."""
 
 
 @dataclass(frozen=True)

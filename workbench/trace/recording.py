@@ -14,10 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from workbench.errors import UserError
+from workbench.trace.display import RichDisplay
 from workbench.trace.trace import Trace
 
 _FILE = "recording.safetensors"
-_FORMAT = 2
+_FORMAT = 3
+_FACTS = ("layer", "scaling", "softcap", "frequencies", "interleaved")
+"""What the header says of each layer."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,28 @@ class LayerTensors:
     softcap: float | None = None
     sinks: torch.Tensor | None = field(default=None, repr=False)
     """`[Hq]` learned logits that take part in the softmax (GPT-OSS)."""
+    frequencies: tuple[float, ...] | None = field(default=None, repr=False)
+    """Radians a position of each plane of a head that q and k were rotated in (RoPE), none if not at all; None: unknown."""
+    interleaved: bool = False
+    """Whether a plane holds neighbours, (0, 1), (2, 3) …, instead of (0, P), (1, P + 1) …"""
+    foresight: torch.Tensor | None = field(default=None, repr=False)
+    """`[R, Hq, P]` float32: attention each prompt token received from the tokens of each rehearsal, summed over these."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name."""
-        named = {name: getattr(self, name) for name in ("queries", "keys", "values", "prompt_mass", "sinks")}
+        named = {name: getattr(self, name) for name in ("queries", "keys", "values", "prompt_mass", "sinks", "foresight")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
-class Recording:
+class Recording(RichDisplay):
     """A dense run: its trace, and q, k, v of chosen layers. Made by `wb.record`."""
 
     trace: Trace
     layers: tuple[LayerTensors, ...]
     prompt_tokens: int
+    rehearsals: tuple[dict[str, Any], ...] = ()
+    """What was rehearsed after the prompt, so that methods that foresee can be replayed: see `rehearse` of `wb.record`."""
     derived: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What a replay worked out of a layer's tensors, by layer, kept for the next replay. Never saved."""
 
@@ -61,6 +72,11 @@ class Recording:
     def steps(self) -> int:
         """Decoded tokens: queries that came after the prompt."""
         return self.tokens - self.prompt_tokens
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the prompt."""
+        return self.trace.table("tokens").sort_values("position")["id"].tolist()[: self.prompt_tokens]
 
     @property
     def tokens(self) -> int:
@@ -81,7 +97,8 @@ class Recording:
         about = {
             "format": _FORMAT,
             "prompt_tokens": self.prompt_tokens,
-            "layers": [{"layer": layer.layer, "scaling": layer.scaling, "softcap": layer.softcap} for layer in self.layers],
+            "rehearsals": list(self.rehearsals),
+            "layers": [{name: getattr(layer, name) for name in _FACTS} for layer in self.layers],
         }
         temporary = directory / f"{_FILE}.tmp"
         try:
@@ -113,7 +130,7 @@ class Recording:
                 if _checksum(header["recording"], trace, tensors) != header["crc32"]:
                     raise ValueError("what was read is not what was written")
                 layers = tuple(_layer(entry, tensors) for entry in about["layers"])
-                return _fitting(cls(trace, layers, about["prompt_tokens"]))
+                return _fitting(cls(trace, layers, about["prompt_tokens"], tuple(about["rehearsals"])))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError):
             raise UserError(f"{file} is damaged or cut short; record it again.") from None
         raise UserError(f"{file} has format {version}, and this version reads format {_FORMAT}; record it again.")
@@ -132,8 +149,9 @@ def _checksum(header: str, trace: Trace, tensors: dict[str, torch.Tensor]) -> st
 
 
 def _layer(entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LayerTensors:
-    prefix = f"{entry['layer']}."
-    return LayerTensors(**entry, **{name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+    prefix, frequencies = f"{entry['layer']}.", entry["frequencies"]
+    named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return LayerTensors(**{**entry, "frequencies": None if frequencies is None else tuple(frequencies)}, **named)
 
 
 def _fitting(recording: Recording) -> Recording:
@@ -143,4 +161,6 @@ def _fitting(recording: Recording) -> Recording:
         lengths = {layer.queries.shape[1], layer.keys.shape[1], layer.values.shape[1]}
         if lengths != {tokens} or layer.prompt_mass.shape != (layer.keys.shape[0], prompt):
             raise ValueError(f"layer {layer.layer} does not fit")
+        if (0 if layer.foresight is None else len(layer.foresight)) != len(recording.rehearsals):
+            raise ValueError(f"rehearsals of layer {layer.layer} are missing")
     return recording

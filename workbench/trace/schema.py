@@ -67,6 +67,18 @@ TABLES: dict[str, pa.Schema] = {
         [("step", _INT), ("row", _INT), ("layer", _INT), ("head", _INT), ("position", _INT), ("into", _INT)]
     ),
     "routing": pa.schema([("step", _INT), ("layer", _INT), ("expert", _INT), ("tokens", _INT), ("weight_sum", _FLOAT)]),
+    # Where one token went: its experts (-1: dropped) and their weights, and, if asked for, the logits of the router over all.
+    "choices": pa.schema(
+        [
+            ("step", _INT),
+            ("layer", _INT),
+            ("row", _INT),
+            ("position", _INT),
+            ("experts", pa.list_(pa.int32())),
+            ("weights", pa.list_(pa.float32())),
+            ("logits", pa.list_(pa.float32())),
+        ]
+    ),
     # Calls of a module the anatomy cannot place, counted by torch's dispatch-mode counter.
     "unattributed": pa.schema([("step", _INT), ("module", _TEXT), ("flops", _INT)]),
     # Attention mass by key position of one query head; `window` = queries whose attention was summed, `step` the last of

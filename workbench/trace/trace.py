@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 from workbench.errors import UserError
 from workbench.trace import store
 from workbench.trace.anatomy import Anatomy
+from workbench.trace.display import RichDisplay, table_html
 from workbench.trace.schema import PHASES, TABLES
 
 
-class Trace:
+class Trace(RichDisplay):
     """Tables of facts and what they are about. Immutable: `select` and `merge` return new traces."""
 
     def __init__(self, meta: dict[str, Any], tables: dict[str, pa.Table]):
@@ -182,6 +183,12 @@ class Trace:
         return f"Trace({self.meta['anatomy']['class_name']}, {steps} steps{state})"
 
     def _repr_html_(self) -> str:
-        title = html.escape(repr(self))
-        setup = html.escape(self.setup)
-        return f"<p><b>{title}</b> &nbsp; setup {setup}</p>" + self.summary().to_html(index=False)
+        """What was recorded, by phase; what it costs takes longer to work out, and is `summary()`."""
+        from workbench.cost.durations import step_ns
+
+        steps = self.table("steps")
+        by_phase = steps.assign(seconds=step_ns(steps) / 1e9).groupby("phase", sort=False)
+        facts = by_phase.agg(calls=("step", "size"), tokens=("tokens", "sum"), seconds=("seconds", "sum")).reset_index()
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        title = f"<p><b>{html.escape(repr(self))}</b> &nbsp; setup {html.escape(self.setup)}</p>"
+        return f"{title}{table_html(facts)}<ul>{notes}</ul>" if notes else title + table_html(facts)

@@ -128,12 +128,13 @@ class RectangularStore:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, has_padding: bool) -> None:
         """Adds the tokens of a call. `positions` is `[B, Q]` int32, -1 for padding."""
-        # The positions are those of all layers, so each store has its own copy, even where one head needs no expanding.
-        new = {"keys": keys, "values": values, "positions": positions[:, None].repeat(1, keys.shape[1], 1)}
+        new = {"keys": keys, "values": values, "positions": positions[:, None].expand(-1, keys.shape[1], -1)}
         new |= {name: filled(new["positions"], side) for name, side in self.declared.items()}
         end = self.length + keys.shape[2]
         if not self._buffers:
-            # The prompt stays where the model made it: an evicting method replaces it at once.
+            # The prompt stays where the model made it: an evicting method replaces it at once. The positions are those of all
+            # layers, so each store has its own copy, even where one head needs no expanding.
+            new["positions"] = positions[:, None].repeat(1, keys.shape[1], 1)
             self._buffers = {name: tensor.contiguous() for name, tensor in new.items()}
             self._weigh()
         else:

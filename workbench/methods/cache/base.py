@@ -96,12 +96,12 @@ class CacheMethod(Method):
         """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head (if ragged, on average)."""
         raise TypeError(f"{type(self).__name__} must say what it keeps: define keep(state).")
 
-    def thins_after(self, num_layers: int) -> int | None:
-        """The layer whose tokens do not all go on to later layers; None: they all do."""
-        return None
+    def thins_after(self, num_layers: int) -> tuple[int, ...]:
+        """The layers whose tokens do not all go on to later layers: here they all do."""
+        return ()
 
     def keep_and_pass(self, state: LayerState) -> tuple[torch.Tensor, torch.Tensor]:
-        """In that layer: what `keep` returns, and `[B, N]` bool: the tokens that go on. Only methods that thin define it."""
+        """In those layers: what `keep` returns, and `[B, N]` bool: the tokens that go on. Only methods that thin define it."""
         raise TypeError(f"{type(self).__name__} must say which tokens go on: define keep_and_pass(state).")
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:

@@ -1,7 +1,8 @@
-"""How a budget is divided over layers, or over the kv heads of a layer: pure functions of numbers, which methods share."""
+"""How tokens are divided over layers, or over the kv heads of a layer: pure functions of numbers, which methods share."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,6 +43,21 @@ def adaptive(hits: list[int], floor: float) -> list[int]:
     return whole(exact, sum(hits))
 
 
+def adaptive_each(hits: list[int], floor: float) -> list[int]:
+    """The same as the paper's code rounds it, each head by itself: `round(hits (1 - floor) + int(mean(hits) floor))`.
+
+    The sum may fall short of that of `hits`, by less than 3/2 a head. Where it would exceed it, those that were rounded up
+    the farthest are rounded down, of equal ones the later head's.
+    """
+    least = int(sum(hits) / len(hits) * floor)
+    exact = [hit * (1 - floor) + least for hit in hits]
+    budgets = [round(share) for share in exact]
+    order = sorted(range(len(hits)), key=lambda head: (exact[head] - budgets[head], -head))
+    for head in order[: max(sum(budgets) - sum(hits), 0)]:
+        budgets[head] -= 1
+    return budgets
+
+
 def whole(shares: list[float], total: int) -> list[int]:
     """Shares that sum to `total`, as whole numbers that do so too: the largest remainders are rounded up."""
     budgets = [int(share + 1e-9) for share in shares]
@@ -49,6 +65,25 @@ def whole(shares: list[float], total: int) -> list[int]:
     for index in order[: total - sum(budgets)]:
         budgets[index] += 1
     return budgets
+
+
+def in_proportion(wants: Sequence[float], rooms: Sequence[int], total: int) -> list[int]:
+    """Shares of `total` in proportion to `wants`, all above 0, in whole numbers, none above its room.
+
+    What one has no room for goes to the others, in proportion again; the sum is `total`, or that of the rooms if less.
+    """
+    shares = list(map(float, rooms))
+    open_ = list(range(len(wants)))
+    while open_:
+        rest = total - sum(rooms[index] for index in range(len(rooms)) if index not in open_)
+        wanted = sum(wants[index] for index in open_)
+        roomy = [index for index in open_ if rest * wants[index] < rooms[index] * wanted]
+        if len(roomy) == len(open_):
+            for index in open_:
+                shares[index] = rest * wants[index] / wanted
+            break
+        open_ = roomy
+    return whole(shares, min(total, sum(rooms)))
 
 
 def streaming(total: int, num_heads: int, longest: int, streamed: int) -> tuple[int, list[int]]:
@@ -185,3 +220,20 @@ def two_groups(high: Sequence[bool], mean: int, longest: int, ratio: float) -> l
         low = max(low, (total - num_high * longest) / num_low)
     most = (total - num_low * low) / num_high if num_high else 0.0
     return whole([most if is_high else low for is_high in high], total)
+
+
+def stages(entropies: Sequence[float], fall: float) -> list[int]:
+    """The stage of each layer, from 0: a new one begins where the entropy is more than `fall` below the layer before.
+
+    UNComp, Xiong et al. 2024, arXiv 2410.03090, and its code.
+    """
+    begins = (before - here > fall for before, here in itertools.pairwise(entropies))
+    return [0, *itertools.accumulate(map(int, begins))]
+
+
+def stage_size(stage: int, last: int, least: int, prompt_tokens: int) -> int:
+    """Tokens that reach a stage: all of them the first, `least` the last, and between them in even steps, rounded down.
+
+    `last` is the number of the last stage. UNComp, Xiong et al. 2024, arXiv 2410.03090, and its code.
+    """
+    return least + (prompt_tokens - least) // last * (last - stage) if stage else prompt_tokens

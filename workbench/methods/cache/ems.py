@@ -19,9 +19,12 @@ from workbench.methods.cache.base import (
     recent,
     reduce_heads,
 )
+from workbench.methods.cache.budgets import in_proportion
 
 _BLOCK = 512
 """Tokens compared with the centres at once."""
+_COVERED = 0.9
+"""Share of a head's scores that the tokens hold whose number says how spread its attention is."""
 
 
 @register
@@ -38,7 +41,9 @@ class EMS(CacheMethod):
         "No code of the paper was found: this is a reconstruction from descriptions of it. Window, sinks, thresholds, "
         "sizes of the groups and weights of a merge are ours.",
         "It acts once, at the end of the prompt; the paper merges while decoding as well, at a period that is not known.",
-        "Every kv head keeps as many tokens; the paper gives more room to heads whose attention is spread.",
+        "Every kv head keeps as many tokens. head_adaptive=True gives more room to heads whose attention is spread, as the "
+        "paper does, in a way of ours: beyond sinks and recent tokens heads share the layer's budget in proportion to how many "
+        "tokens hold 90% of their scores.",
         "Local and global scores are brought to one mean after the query heads of a group were averaged.",
         "merge_keys='none' leaves the keys of centres as they are, since directions of keys rotated by far positions are "
         "lost in a mean; the paper's way is 'directions'.",
@@ -51,12 +56,20 @@ class EMS(CacheMethod):
     tau: float = knob(0.6, low=-1.0, high=2.0, help="Likeness from which on a token is merged; above 1 none is.")
     eps: float = knob(0.1, low=0.0, high=1.0, unit="of the mean", help="Score below which a token is dropped unmerged.")
     merge_keys: str = knob("none", choices=("none", "directions"), help="Whether the keys' directions are merged, too.")
+    head_adaptive: bool = knob(False, help="Whether kv heads whose attention is spread keep more, and the others less.")
     clamp_negative: bool = knob(False, help="Whether two likenesses that are both negative count as none, not as high.")
+
+    @property
+    def ragged(self) -> bool:
+        """If each kv head gets room of its own."""
+        return self.head_adaptive
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """Sinks, recent tokens and centres."""
         always, _ = self._always(state)
-        return keep_top(self._scores(state).masked_fill(always, torch.inf), state.capacity, state.occupied)
+        scores = self._scores(state)
+        counts = self._counts(state, scores, always) if self.head_adaptive else state.capacity
+        return keep_top(scores.masked_fill(always, torch.inf), counts, state.occupied)
 
     def merge(self, state: LayerState, keep: torch.Tensor) -> Merged:
         """Each token that leaves goes into the centre it is most like, by its score, unless it is irrelevant or unlike all."""
@@ -100,6 +113,14 @@ class EMS(CacheMethod):
         sinks = (state.capacity - windows).clamp(min=0, max=self.sinks)
         return recent(state, windows) | (state.positions < sinks.view(-1, 1, 1)) & state.occupied, windows
 
+    def _counts(self, state: LayerState, scores: torch.Tensor, always: torch.Tensor) -> torch.Tensor:
+        """`[B, H]` tokens each head keeps, `capacity` on average: those of `always`, more if its scores are spread."""
+        spread = spreads(scores * state.occupied).tolist()
+        stay = always.sum(-1)
+        rooms = (state.occupied.sum(-1) - stay).tolist()
+        spare = (len(spread[0]) * state.capacity - stay.sum(-1)).tolist()
+        return stay + torch.tensor(list(map(in_proportion, spread, rooms, spare)), device=stay.device)
+
     def _scores(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]`: attention from all later queries, as a mean over them, and as much again from the last ones."""
         _, windows = self._always(state)
@@ -125,6 +146,12 @@ class EMS(CacheMethod):
             likenesses.append(likeness.max(-1))
         best = torch.cat([each.values for each in likenesses], 2)
         return torch.cat([each.indices for each in likenesses], 2).where(best >= self.tau, slots.shape[2])
+
+
+def spreads(scores: torch.Tensor, covered: float = _COVERED) -> torch.Tensor:
+    """`[B, H]` how many of each head's tokens hold the share `covered` of its scores `[B, H, N]`."""
+    held = scores.sort(dim=-1, descending=True).values.cumsum(-1)
+    return (held < covered * held[..., -1:]).sum(-1) + 1
 
 
 def _absorbed(states: torch.Tensor, weights: torch.Tensor, slots: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:

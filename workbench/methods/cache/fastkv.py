@@ -46,10 +46,10 @@ class FastKV(CacheMethod):
     )
     pooling: str = knob("max", choices=("avg", "max"), help="How scores are pooled.")
 
-    def thins_after(self, num_layers: int) -> int | None:
+    def thins_after(self, num_layers: int) -> tuple[int, ...]:
         """The last of the layers that see the whole prompt."""
         whole = max(1, round(self.before * num_layers))
-        return whole - 1 if whole < num_layers else None
+        return (whole - 1,) if whole < num_layers else ()
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """The window, and in each kv head the best-scored tokens before it."""

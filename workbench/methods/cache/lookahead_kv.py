@@ -28,7 +28,8 @@ class LookaheadKV(CacheMethod):
         "Written from two reading notes of the paper, without its code; soft tokens stand at the positions after the prompt, "
         "and query heads of a group are averaged.",
         "The soft tokens are a second forward call on the prompt's cache; the paper appends them to the prompt.",
-        "Experts of a mixture, which are no linear modules, get no adapter.",
+        "In a mixture of experts only attention and parts that every token passes get adapters: routers and experts have none, "
+        "so soft tokens are routed as any token is.",
     )
 
     budget: Budget = budget_knob(0.2)

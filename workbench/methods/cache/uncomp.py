@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 
 from workbench.engine.calibration import Sample
-from workbench.engine.policy import QUERIES, LayerState, Side
+from workbench.engine.policy import QUERIES, THINNING, LayerState, Side
+from workbench.errors import UserError
 from workbench.methods.base import Budget, budget_knob, knob, register
 from workbench.methods.cache.base import (
     EVERY_STEP,
@@ -22,7 +23,7 @@ from workbench.methods.cache.base import (
     recent,
     reduce_heads,
 )
-from workbench.methods.cache.budgets import two_groups
+from workbench.methods.cache.budgets import stage_size, stages, two_groups
 
 
 @register
@@ -32,13 +33,16 @@ class UNComp(CacheMethod):
 
     name: ClassVar[str] = "uncomp"
     paper: ClassVar[str] = "Xiong et al. 2024, arXiv 2410.03090"
-    needs: ClassVar[frozenset[str]] = frozenset({QUERIES})
     acts: ClassVar[frozenset[str]] = EVERY_STEP
     observes: ClassVar[frozenset[str]] = EVERY_STEP
     ragged: ClassVar[bool] = True
     calibrated_by: ClassVar[tuple[str, ...]] = ("rank",)
     deviations: ClassVar[tuple[str, ...]] = (
-        "Hidden states are not thinned out in stages while the prompt is read: the paper's second half is left out.",
+        "Stages are off by default, so that the prompt's logits are the model's own. Their sizes scale with the prompt; the "
+        "paper's code goes from the longest prompt of a run down to 1,536 tokens (of 3,950), which short contexts never reach.",
+        "A stage begins where the entropy of a query head falls by more than 0.006 on average; the paper's code sums it over "
+        "the 32 or 40 heads of its models, not divided by log D, and there the threshold is 1.",
+        "The window's own tokens always go on, and at least as many as the high group keeps, so that every budget is met.",
         "Groups are of kv heads, by the mean entropy of their query heads, and their attention is averaged over the group "
         "before it is pooled; the paper's code stores K and V for every query head.",
         "The budget is the mean over heads and the groups' budgets follow from it and the ratio; the paper's code is given a "
@@ -54,6 +58,14 @@ class UNComp(CacheMethod):
     )
     ratio: float = knob(2.0, low=1.0, high=64.0, help="How much more a head of high entropy keeps than one of low entropy.")
     rank: float = knob(0.25, low=0.01, high=1.0, unit="share of head size", help="Eigenvalues the entropy is taken over.")
+    stages: bool = knob(False, help="Whether fewer and fewer tokens of the prompt go on from stage to stage of the layers.")
+    fall: float = knob(0.006, low=0.0, high=1.0, help="A stage ends where the entropy of heads falls by more, on average.")
+    least: float = knob(0.39, low=0.0, high=1.0, unit="share of prompt", help="Tokens that reach the last stage, at least.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Queries, and thinning if there are stages."""
+        return frozenset({QUERIES, THINNING}) if self.stages else frozenset({QUERIES})
 
     @property
     def side(self) -> Mapping[str, Side]:
@@ -72,6 +84,34 @@ class UNComp(CacheMethod):
         # Entropies are below one, so they only decide between heads that were voted for as often.
         return {"entropy": mean.float(), "high": _upper_half(votes * (2 * len(texts)) + mean)}
 
+    def stage_by_layer(self, num_layers: int) -> list[int]:
+        """The stage of each of the model's layers, from 0. Raises UserError if the entropy falls nowhere by enough."""
+        by_acting = stages(self.tables["entropy"].mean(-1).tolist(), self.fall)
+        if not by_acting[-1]:
+            raise UserError(
+                f"No layer's entropy is {self.fall} below the one before, so {self.name!r} has one stage; lower fall."
+            )
+        acting = self.calibration.layers
+        return [
+            max((stage for layer, stage in zip(acting, by_acting, strict=True) if layer <= index), default=0)
+            for index in range(num_layers)
+        ]
+
+    def reach(self, prompt_tokens: int, num_layers: int) -> list[int]:
+        """How many of a prompt's tokens reach each layer: all in the first stage, then evenly fewer."""
+        labels = self.stage_by_layer(num_layers)
+        capacity = self.capacity(prompt_tokens)
+        high = max(
+            max(two_groups(row, capacity, max(prompt_tokens, capacity), self.ratio)) for row in self.tables["high"].tolist()
+        )
+        least = min(max(round(self.least * prompt_tokens), self.window, high), prompt_tokens)
+        return [stage_size(stage, labels[-1], least, prompt_tokens) for stage in labels]
+
+    def thins_after(self, num_layers: int) -> tuple[int, ...]:
+        """The last layer of each stage but the last."""
+        labels = self.stage_by_layer(num_layers)
+        return tuple(layer for layer in range(num_layers - 1) if labels[layer + 1] > labels[layer])
+
     def observe(self, state: LayerState) -> dict[str, torch.Tensor]:
         """The rows of the last queries: those of this call, and before them what is left of the earlier ones."""
         new = reduce_heads(observe_window(state, self.window), state.keys.shape[1])
@@ -87,10 +127,27 @@ class UNComp(CacheMethod):
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """The window, and before it what its queries attend to most, in each head as many as its group allows."""
+        return self._keep(state, self._votes(state))
+
+    def keep_and_pass(self, state: LayerState) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and the window and what its queries attend to most in all heads together, as many as reach a layer."""
+        votes = self._votes(state)
+        prompts = state.prompt_tokens.tolist()
+        reached = [self.reach(tokens, state.num_layers)[state.layer + 1] for tokens in prompts]
+        in_window = recent(state, torch.full_like(state.capacity, self.window))[:, :1]
+        together = votes.sum(1, keepdim=True).masked_fill(in_window, torch.inf)
+        passing = keep_top(together, torch.tensor(reached, device=votes.device), state.occupied[:, :1])
+        return self._keep(state, votes), passing[:, 0]
+
+    def _votes(self, state: LayerState) -> torch.Tensor:
+        """`[B, H, N]` what each token got from the window's queries."""
+        return torch.stack([state.side[name] for name in self.side]).sum(0)
+
+    def _keep(self, state: LayerState, votes: torch.Tensor) -> torch.Tensor:
         counts = self._counts(state)
         windows = torch.minimum(counts.amin(1) // 2, state.newest.view(-1) + 1).clamp(1, self.window)
         in_window = recent(state, windows)
-        scores = torch.stack([state.side[name] for name in self.side]).sum(0).masked_fill(in_window, 0)
+        scores = votes.masked_fill(in_window, 0)
         # Neighbours are those in the text, of the tokens held; pooling makes them equal, so ties break in that order, too.
         order = state.positions.argsort(dim=-1, stable=True)
         pooled = pool_scores(scores.gather(-1, order), "max", self.kernel)

@@ -1,0 +1,113 @@
+"""What there is to see of runs that go on: numbers, text and figures of their snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+import workbench as wb
+from workbench.plots.theme import human_bytes
+from workbench.trace.snapshot import Snapshot
+from workbench_dashboard import figures
+from workbench_dashboard.plain import visible
+
+COLUMNS = {
+    "KV bytes": "kv_physical_bytes",
+    "Time a token": "duration_ns",
+    "FLOPs a token": "flops",
+    "Bytes moved a token": "moved_bytes",
+    "Entropy": "entropy",
+    "KL to dense": "kl_to_dense",
+    "Agreement with dense": "agrees",
+}
+"""Curves over the forward calls, all runs in one figure each: what they are called and the column."""
+
+MAPS: dict[str, tuple[Callable[[Snapshot], bool], Callable[[Snapshot], go.Figure]]] = {
+    "Tokens held": (lambda _: True, lambda seen: wb.plots.held_map(seen)),
+    "Attention mass": (lambda seen: seen.mass is not None, lambda seen: wb.plots.attention_map(seen)),
+    "Expert load": (lambda seen: seen.experts is not None, lambda seen: wb.plots.expert_load(seen)),
+}
+"""Figures of one run: whether there is anything to draw, and the figure."""
+
+_NONE = "n/a"
+_HEIGHT = 300
+_TEXT_HEIGHT = 190
+_DRAWN = "live.drawn"
+
+
+def choose_figures() -> list[str]:
+    """Which figures to draw, in their order. Fewer take less of the time that the run needs itself."""
+    names = [*COLUMNS, *MAPS]
+    chosen = st.multiselect("Figures", names, default=names, key="live.figures")
+    return [name for name in names if name in chosen]
+
+
+def draw(snapshots: Mapping[str, Snapshot], chosen: list[str]) -> None:
+    """Draws all of it. Figures of snapshots that were drawn before are not made again."""
+    columns = st.columns(len(snapshots)) if snapshots else []
+    for place, (name, seen) in zip(columns, snapshots.items(), strict=True):
+        with place:
+            _numbers(seen)
+            _text(name, seen)
+    last, made = st.session_state.get(_DRAWN, (None, {}))
+    if last is not snapshots:
+        made = {}
+    for number, (key, make) in enumerate(_wanted(snapshots, chosen).items()):
+        if number % 2 == 0:
+            left, right = st.columns(2)
+        if key not in made:
+            made[key] = make()
+        with (left, right)[number % 2]:
+            figures.show(made[key], f"live.{key}", _HEIGHT)
+    st.session_state[_DRAWN] = (snapshots, made)
+
+
+def _wanted(snapshots: Mapping[str, Snapshot], chosen: list[str]) -> dict[str, Callable[[], go.Figure]]:
+    """How to make each figure that was chosen and has something to show, by its key."""
+    wanted: dict[str, Callable[[], go.Figure]] = {}
+    for title in chosen if snapshots else []:
+        if title in COLUMNS:
+            column = COLUMNS[title]
+            if any(seen.history[column].notna().any() for seen in snapshots.values()):
+                wanted[column] = partial(wb.plots.live_curve, snapshots, column)
+            continue
+        there, make = MAPS[title]
+        wanted |= {f"{title}.{name}": partial(make, seen) for name, seen in snapshots.items() if there(seen)}
+    return wanted
+
+
+def _numbers(seen: Snapshot) -> None:
+    """The newest step in big numbers, in two rows."""
+    history = seen.history
+    decoded = history[history["phase"] == "decode"]
+    last = history.iloc[-1]
+    token = decoded.iloc[-1] if len(decoded) else None
+    agrees = decoded["agrees"].mean() if decoded["agrees"].notna().any() else None
+    shown = {
+        "KV held": human_bytes(last["kv_physical_bytes"]),
+        "KV by budget": human_bytes(last["kv_nominal_bytes"]),
+        "Time a token": _of(token, "duration_ns", lambda value: f"{value / 1e6:.3g} ms"),
+        "Tokens decoded": str(len(decoded)),
+        "FLOPs a token": _of(token, "flops", lambda value: f"{value:.3g}"),
+        "Bytes a token": _of(token, "moved_bytes", human_bytes),
+        "Entropy": _of(token, "entropy", lambda value: f"{value:.2f} nats"),
+        "KL to dense": _of(token, "kl_to_dense", lambda value: f"{value:.2g} nats"),
+        "Agreement": _NONE if agrees is None else f"{agrees:.0%}",
+    }
+    for place, (label, value) in zip(st.columns(5) * 2, shown.items(), strict=False):
+        place.metric(label, value)
+
+
+def _of(row: pd.Series | None, column: str, write: Callable[[float], str]) -> str:
+    """A value of a row in words."""
+    return _NONE if row is None or pd.isna(row[column]) else write(float(row[column]))
+
+
+def _text(name: str, seen: Snapshot) -> None:
+    st.text(visible(f"{name}: {seen.setup}"))
+    with st.container(height=_TEXT_HEIGHT, autoscroll=True, key=f"live.text.{name}"):
+        st.text(visible(seen.new_text) or "…")
