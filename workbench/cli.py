@@ -459,6 +459,26 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
+def lab(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of yours for the notebooks.")] = Path(
+        "workbench-notebooks"
+    ),
+    port: Annotated[int, typer.Option(help="Port on this computer.")] = 8888,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Whether to open a browser.")] = True,
+) -> None:
+    """Copy the notebooks to a folder of yours, keeping what you changed there, and start JupyterLab in it."""
+    from workbench.lab import check_lab, copy_notebooks, start_lab
+
+    check_lab(port)
+    kept = copy_notebooks(folder)
+    _out.print(f"Notebooks: {folder}", highlight=False)
+    if kept:
+        names = ", ".join(path.name for path in kept)
+        _out.print(f"Kept as they were, since they differ from those shipped: {names}", highlight=False, soft_wrap=True)
+    start_lab(folder, port, browser)
+
+
+@app.command()
 def dashboard(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8501,
     host: Annotated[str, typer.Option(help="Address to listen on; whoever reaches it may load models.")] = "127.0.0.1",
