@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -47,16 +48,22 @@ def lab(browser, serve, tmp_path_factory):
 
 def opened(page, address: str, name: str):
     """The notebook in the page, its kernel ready."""
-    page.goto(f"{address}/lab/tree/{name}")
+    page.goto(f"{address}/lab/workspaces/{Path(name).stem}/tree/{name}")  # one of its own, without what others left open
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
-    page.locator(".jp-NotebookPanel-toolbar [data-status='idle']").wait_for(timeout=60_000)
+    page.locator(".jp-StatusBar-Widget", has_text="| Idle").wait_for(timeout=60_000)
     return page.locator(".jp-Notebook")
 
 
 def run_all(page) -> None:
-    page.locator(".jp-Notebook .jp-CodeCell").first.click()
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    """Runs all cells. JupyterLab drops them without a word while it says idle and is not yet connected, so: again."""
+    for _ in range(20):
+        page.locator(".jp-Notebook .jp-CodeCell").first.click()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_timeout(1000)
+        if page.locator(".jp-CodeCell .jp-InputPrompt", has_text=re.compile(r"[\d*]")).count():
+            return
+    pytest.fail("JupyterLab ran nothing.")
 
 
 def test_the_first_notebook_runs(page, lab):
