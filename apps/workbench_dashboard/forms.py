@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import streamlit as st
 
 import workbench as wb
+from workbench.errors import UserError
 from workbench.methods.base import SLOTS, Budget, Method
 from workbench_dashboard.plain import as_markdown
 
@@ -60,6 +61,19 @@ def budget_input(default: Budget, key: str, label: str = "Budget", help: str = "
     return float(
         amount.number_input(label, value=share, min_value=0.01, max_value=1.0, step=0.05, key=f"{key}.share", help=help)
     )
+
+
+def budgets_input(default: Iterable[Budget], key: str, label: str = "Budgets") -> list[Budget]:
+    """Several budgets in one line. Raises UserError for what is no number; what a budget may be, methods say."""
+    help = "Shares of the prompt (0.2) or tokens a kv head (128), separated by spaces."
+    return [_budget(text) for text in st.text_input(label, " ".join(map(str, default)), key=key, help=help).split()]
+
+
+def _budget(text: str) -> Budget:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise UserError(f"A budget cannot be {text!r}; write a share such as 0.2, or a number of tokens such as 128.") from None
 
 
 def _input(field: dataclasses.Field, key: str) -> Any:

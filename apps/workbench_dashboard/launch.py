@@ -8,6 +8,7 @@ from pathlib import Path
 
 from workbench.errors import UserError
 
+APP = Path(__file__).parent / "app.py"
 UPLOAD_MB = 200
 """Largest file that may be uploaded."""
 
@@ -30,7 +31,7 @@ def launch(host: str, port: int) -> None:
 
     options = {**OPTIONS, "server.address": host, "server.port": str(port)}
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    main(["run", str(Path(__file__).parent / "app.py"), *arguments], standalone_mode=False)
+    main(["run", str(APP), *arguments], standalone_mode=False)
 
 
 def check_free(host: str, port: int) -> None:

@@ -1,4 +1,4 @@
-"""What belongs to one browser session: its player, which a closed tab frees."""
+"""What belongs to one browser session: what plays and compares for it, which a closed tab frees."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import streamlit as st
 
 from workbench.live import Player
+from workbench_dashboard.comparer import Comparer
 
 UNWATCHED_S = 30.0
 """A run stops when its page has not been drawn for so long."""
@@ -24,3 +25,9 @@ def name() -> str:
 def player() -> Player:
     """The player of this session's runs."""
     return Player(name(), unwatched_s=UNWATCHED_S)
+
+
+@st.cache_resource(scope="session", on_release=Comparer.cancel, show_spinner=False)
+def comparer() -> Comparer:
+    """What runs this session's comparisons."""
+    return Comparer(name())

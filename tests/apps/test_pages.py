@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import socket
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,11 +12,10 @@ pytest.importorskip("streamlit", reason="needs the extra `dashboard`")
 from streamlit.testing.v1 import AppTest
 
 import workbench as wb
-import workbench_dashboard
 from workbench import cli
+from workbench_dashboard.launch import APP
 from workbench_dashboard.plain import as_markdown, visible
 
-APP = Path(workbench_dashboard.__file__).parent / "app.py"
 VIEWS = sorted((APP.parent / "views").glob("*.py"))
 
 

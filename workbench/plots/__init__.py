@@ -1,4 +1,4 @@
-"""Figures: functions of a value. None shows itself or writes a file."""
+"""Figures: functions of a value. None shows itself; only `png` writes a file."""
 
 from workbench.plots.attention_map import attention_map
 from workbench.plots.cache_map import cache_map
@@ -9,23 +9,27 @@ from workbench.plots.importance_map import importance_map
 from workbench.plots.kv_bytes import kv_bytes
 from workbench.plots.live_curve import live_curve
 from workbench.plots.pareto import pareto
+from workbench.plots.png import png
 from workbench.plots.replay_curves import replay_curves
 from workbench.plots.replay_map import replay_map
 from workbench.plots.replay_steps import replay_steps
 from workbench.plots.roofline import roofline
 from workbench.plots.score_map import score_map
+from workbench.plots.theme import dark
 from workbench.plots.turn_scores import turn_scores
 
 __all__ = [
     "attention_map",
     "cache_map",
     "components",
+    "dark",
     "expert_load",
     "held_map",
     "importance_map",
     "kv_bytes",
     "live_curve",
     "pareto",
+    "png",
     "replay_curves",
     "replay_map",
     "replay_steps",

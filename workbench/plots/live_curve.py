@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.errors import UserError
+from workbench.plots.look import LIGHT
 from workbench.plots.text import plain
 from workbench.plots.theme import MARK, method_colours, method_of, method_symbol, note, style
 from workbench.trace.snapshot import Snapshot
@@ -128,7 +129,7 @@ def _add_run(figure, name, several, points, kind, line, colours, quantity) -> No
             legendgroup=group,
             showlegend=group not in shown,
             line=line | {"color": colours[label]},
-            marker={"size": symbols, "symbol": method_symbol(method_of(label)), "color": colours[label]},
+            marker={"size": symbols, "symbol": method_symbol(method_of(label)), "color": colours[label], "line": {"width": 0}},
             hovertemplate=f"{plain(name)}: {plain(label)}<br>call %{{x}}<br>%{{y:{quantity.format}}} {quantity.axis}"
             f"{f', {kind}' if kind else ''}<extra></extra>",
         )
@@ -142,5 +143,5 @@ def _mark_swaps(figure: go.Figure, snapshots: Mapping[str, Snapshot]) -> None:
         figure.add_vline(x=step, line={"width": 1, "dash": "dot", "color": MARK})
         figure.add_annotation(
             x=step, y=1 - 0.08 * (number % 4), yref="paper", yanchor="top", showarrow=False, font={"size": 11},
-            xanchor="left" if step < last / 2 else "right", text=plain(label),
+            xanchor="left" if step < last / 2 else "right", text=plain(label), bgcolor=LIGHT.paper, opacity=0.85,
         )  # fmt: skip

@@ -8,12 +8,14 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.errors import UserError
+from workbench.plots.look import LIGHT
+from workbench.plots.pareto import name_of
+from workbench.plots.text import plain
 from workbench.plots.theme import style
 from workbench.trace.comparison import Comparison
 
 _BUDGET = re.compile(r"budget=([\d.]+)(?:, )?")
 HIGHER_IS_BETTER = {"score": True, "top1_agreement": True, "kl_to_dense": False, "nll": False}
-_SCALE = [[0.0, "#F7F7F7"], [1.0, "#0072B2"]]
 
 
 def score_table(comparison: Comparison, column: str = "score") -> pd.DataFrame:
@@ -46,19 +48,20 @@ def score_map(comparison: Comparison, column: str = "score") -> go.Figure:
         go.Heatmap(
             z=table.to_numpy(),
             x=[f"{budget:g}" for budget in table.columns],
-            y=list(table.index),
+            y=list(map(plain, table.index)),
             text=table.map(lambda value: "idle" if value != value else f"{value:.2f}").to_numpy(),
             texttemplate="%{text}",
-            colorscale=_SCALE if better else [[0.0, _SCALE[1][1]], [1.0, _SCALE[0][1]]],
+            textfont={"color": LIGHT.ink},
+            colorscale=[[0.0, LIGHT.low], [1.0, LIGHT.high_under_text]],
+            reversescale=not better,
             zmin=0,
             zmax=1 if column in {"score", "top1_agreement"} else None,
             showscale=False,
-            hovertemplate="%{y} at %{x}<br>" + column + " %{z:.3f}<extra></extra>",
+            hovertemplate="%{y} at %{x}<br>" + name_of(column) + " %{z:.3f}<extra></extra>",
         )
     )
     about = comparison.about
     beside = "" if dense is None else f" (dense {dense:.2f})"
-    title = f"{column}: {about['workload']} on {about['model']}{beside}"
+    title = f"{name_of(column)}: {plain(about['workload'])} on {plain(about['model'])}{beside}"
     figure = style(figure, title, "budget (share of the prompt)", "", height=110 + 24 * len(table))
-    figure.update_layout(margin={"l": 170}, xaxis_type="category")
-    return figure
+    return figure.update_xaxes(type="category").update_yaxes(type="category", automargin=True)

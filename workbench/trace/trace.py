@@ -15,7 +15,7 @@ from workbench.errors import UserError
 from workbench.trace import store
 from workbench.trace.anatomy import Anatomy
 from workbench.trace.display import RichDisplay, table_html
-from workbench.trace.schema import HALF_FLOATS, PHASES, TABLES
+from workbench.trace.schema import PHASES, TABLES
 
 
 class Trace(RichDisplay):
@@ -76,16 +76,14 @@ class Trace(RichDisplay):
         return self.arrow(name).to_pandas()
 
     def sql(self, query: str) -> pd.DataFrame:
-        """Runs a DuckDB query over the tables. Raises UserError with DuckDB's message if it cannot."""
-        import duckdb
+        """Runs one SELECT of DuckDB's over the tables. It reaches no file, no network and no setting.
 
-        with duckdb.connect(config={"enable_external_access": False}) as connection:
-            for name, table in self._tables.items():
-                connection.register(name, _without_half_floats(table))
-            try:
-                return connection.execute(query).df()
-            except duckdb.Error as error:
-                raise UserError(f"The query failed: {str(error).splitlines()[0]}") from None
+        Raises UserError for anything else, and with DuckDB's message if it fails. `workbench.trace.query.limited` bounds time,
+        memory and rows as well.
+        """
+        from workbench.trace.query import query as run
+
+        return run(self._tables, query)
 
     def select(self, *, phase: str | None = None, layers: Sequence[int] | None = None, steps: range | None = None) -> Trace:
         """The part of the trace in a phase, in some layers, or in a range of steps."""
@@ -194,9 +192,3 @@ class Trace(RichDisplay):
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
         title = f"<p><b>{html.escape(repr(self))}</b> &nbsp; setup {html.escape(self.setup)}</p>"
         return f"{title}{table_html(facts)}<ul>{notes}</ul>" if notes else title + table_html(facts)
-
-
-def _without_half_floats(table: pa.Table) -> pa.Table:
-    """The table with float16 lists widened, which DuckDB cannot read."""
-    wide = [field.with_type(pa.list_(pa.float32())) if field.type == HALF_FLOATS else field for field in table.schema]
-    return table.cast(pa.schema(wide))

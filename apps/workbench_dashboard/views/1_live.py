@@ -54,9 +54,10 @@ def buttons(player: Player, order: Order | None) -> None:
         done(player.swap(order.setup, run))
     if st.button("Branch", key="live.branch", disabled=not there or order is None, help="A copy goes on under the method."):
         done(player.branch(order.setup, run))
-    question = st.text_input("A further question", key="live.question", disabled=not there or order is None)
-    if st.button("Ask", key="live.ask", disabled=not there or order is None):
-        done(player.ask(question, order.tokens))
+    with st.form("live.asking", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
+        question = st.text_input("A further question", key="live.question", disabled=not there or order is None)
+        if st.form_submit_button("Ask", key="live.ask", disabled=not there or order is None):
+            done(player.ask(question, order.tokens))
 
 
 def done(_: None) -> None:
