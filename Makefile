@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test lint dashboard lab calibrations clean
+.PHONY: setup demo test lint dashboard lab docs calibrations clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +40,10 @@ dashboard: $(VENV)/.dashboard
 
 lab: $(VENV)/.notebook
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+
+# The notebooks as they look once they have run. It takes Chromium and, for the last one, its model (README, Notebooks).
+docs: $(VENV)/.notebook
+	$(BIN)/python docs/render.py
 
 # What calibrated methods know of the built-in models; the files are part of the package.
 calibrations: setup

@@ -4,27 +4,25 @@ usage: python benchmarks/quality.py [--models tiny-dense:4 tiny-moe:4 gemma-3-27
            [--workload recall] [--context 512] [--out quality] [--picture FILE.png]
 
 A model is given with the number of contexts it is tried on. Finished results stay in the folder, and a second run goes on
-from there. The picture is taken by a headless Chromium, if there is one.
+from there. The picture is taken by a headless Chromium.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
-import subprocess
 from pathlib import Path
 
 import workbench as wb
 from workbench.errors import UserError
 from workbench.methods.base import METHODS
+from workbench.pictures import photograph
 from workbench.plots.score_map import score_map, score_table
 from workbench.trace.comparison import Comparison
 from workbench.workloads.base import parse_workload
 
 WIDTH = 500
 """Pixels of each map."""
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 def cache_methods() -> list[str]:
@@ -45,16 +43,6 @@ def run(model: str, samples: int, options: argparse.Namespace) -> Comparison:
         except UserError as refusal:
             print(f"{name} is left out on {model}: {refusal}")
     return wb.compare(lm, workload, setups, out=options.out, on_progress=lambda *done: print(model, *done, flush=True))
-
-
-def photograph(page: Path, picture: Path, width: int, height: int) -> None:
-    """Takes a picture of a page. Says so if there is no browser to do it with."""
-    browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if browser is None:
-        print("There is no Chromium, so no picture was taken.")
-        return
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},{height}"]
-    subprocess.run([browser, *flags, f"--screenshot={picture}", page.resolve().as_uri()], check=True, capture_output=True)
 
 
 def main() -> None:

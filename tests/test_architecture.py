@@ -32,7 +32,13 @@ LAYERS = {
     "live": {"errors", "trace", "cost", "models", "engine", "experiments"},
     "plots": {"errors", "trace", "cost"},
     "report": {"errors", "trace", "plots"},
+    "widgets": {
+        *("errors", "registry", "texts", "trace", "models", "engine", "methods", "experiments", "live", "plots", "report")
+    },
+    "magics": {"errors", "models", "probes"},
     "terminal": {"plots"},
+    "pictures": {"errors"},
+    "lab": {"errors"},
     "doctor": {"errors", "folders", "models", "probes", "engine"},
     "testing": {"models", "engine", "experiments"},
     "kernels": {"kernels"},
@@ -118,7 +124,7 @@ def test_packages_in_pyproject_are_the_folders():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "workbench").rglob("__init__.py")}
     roots = {path.parent.name for root in ("kernels", "apps") for path in (ROOT / root).glob("*/__init__.py")}
-    names = {".".join(folder.parts) for folder in folders} | roots
+    names = {".".join(folder.parts) for folder in folders} | roots | {"workbench.notebooks"}
     assert listed == sorted(names)
 
 
@@ -170,7 +176,9 @@ print(getattr(module, '__file__', None))
 
 def test_the_project_names_no_machine():
     """No path of one machine, and nothing unfinished."""
-    for path in [*MODULES, *(ROOT / "tests").rglob("*.py"), *ROOT.glob("*.md"), ROOT / "Makefile"]:
+    folders = [path for name in ("tests", "docs", "notebooks") for path in (ROOT / name).rglob("*")]
+    texts = [path for path in folders if path.suffix in {".py", ".md", ".ipynb"}]
+    for path in [*MODULES, *texts, *ROOT.glob("*.md"), ROOT / "Makefile"]:
         text = path.read_text()
         for word in ("/" + "work/", "/" + "root/", "TO" + "DO", "FIX" + "ME"):
             assert word not in text, f"{path} holds {word}"

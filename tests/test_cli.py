@@ -83,11 +83,16 @@ def test_compare_at_several_budgets_and_contexts_goes_on_where_it_was(run, tmp_p
     assert code == 0 and [each["about"]["settings"]["context"] for each in both] == [96, 128]
     expected = ["dense", "snapkv(budget=0.5)", "snapkv(budget=20)", "h2o(budget=0.5, recent=0.3)", "h2o(budget=20, recent=0.3)"]
     assert all([row["setup"] for row in each["rows"]] == expected for each in both)
-    assert (tmp_path / "cmp" / "context-128" / "report.html").exists()
+    page = (tmp_path / json.loads(out)["report"]).read_text()
+    for each in both:
+        assert f"<h2>{each['about']['settings']['context']} tokens</h2>" in page
+        assert (tmp_path / "cmp" / f"context-{each['about']['settings']['context']}" / "report.html").exists()
+        assert f'href="context-{each["about"]["settings"]["context"]}/report.html"' in page
+        assert all(f"<td>{row['kl_to_dense']:.4g}</td>" in page for row in each["rows"])
     assert json.loads(run("compare", *options)[1])["comparisons"] == both  # times and all: nothing ran again
     assert json.loads(run("compare", *options, "--fresh")[1])["comparisons"] != both
     code, out, _ = run("compare", *options[:-1])
-    assert code == 0 and "score by question" in out and "score by depth" in out
+    assert code == 0 and "score by question" in out and "score by depth" in out and "All contexts: cmp/report.html" in out
 
 
 def test_workloads_json(run):

@@ -70,3 +70,9 @@ def _method_classes() -> dict[str, type]:
     """The methods that come with the package, by class name."""
     methods = importlib.import_module("workbench.methods")
     return {cls.__name__: cls for cls in methods.METHODS.values() if cls.__module__.startswith(f"{__name__}.")}
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """What `%load_ext workbench` calls: adds the magic `%%profile`."""
+    magics = importlib.import_module("workbench.magics")
+    shell.register_magics(magics.ProfileMagics)

@@ -459,6 +459,26 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
+def lab(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of yours for the notebooks.")] = Path(
+        "workbench-notebooks"
+    ),
+    port: Annotated[int, typer.Option(help="Port on this computer.")] = 8888,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Whether to open a browser.")] = True,
+) -> None:
+    """Copy the notebooks to a folder of yours, keeping what you changed there, and start JupyterLab in it."""
+    from workbench.lab import check_lab, copy_notebooks, start_lab
+
+    check_lab(port)
+    kept = copy_notebooks(folder)
+    _out.print(f"Notebooks: {folder}", highlight=False)
+    if kept:
+        names = ", ".join(path.name for path in kept)
+        _out.print(f"Kept as they were, since they differ from those shipped: {names}", highlight=False, soft_wrap=True)
+    start_lab(folder, port, browser)
+
+
+@app.command()
 def dashboard(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8501,
     host: Annotated[str, typer.Option(help="Address to listen on; whoever reaches it may load models.")] = "127.0.0.1",
@@ -521,6 +541,7 @@ def _compare(model: str, workloads: list[Workload], methods: list[str], out: Pat
     from workbench.experiments.compare import compare as run
     from workbench.methods import parse_method
     from workbench.models.load import load
+    from workbench.report import write_contexts_report
     from workbench.terminal import print_comparison
 
     setups = [parse_method(text) for text in methods]
@@ -528,19 +549,27 @@ def _compare(model: str, workloads: list[Workload], methods: list[str], out: Pat
     _check_writable(out)
     for workload in workloads:
         workload.episodes(lm)  # what does not fit is said before anything runs
-    printed = []
+    comparisons, printed = [], []
     for workload in workloads:
         folder = out if len(workloads) == 1 else out / f"context-{workload.context}"
         with _progress(as_json) as advance:
             comparison = run(lm, workload, setups, out=out, fresh=fresh, on_progress=advance)
         comparison.save(folder)
         report = comparison.report(folder / "report.html")
+        comparisons.append(comparison)
         printed.append({**comparison.to_dict(), "report": str(report)})
         if not as_json:
             print_comparison(comparison)
             _out.print(f"Report: {report}", highlight=False)
+    if len(comparisons) == 1:
+        if as_json:
+            _print_json(printed[0])
+        return
+    together = write_contexts_report(comparisons, out / "report.html")
     if as_json:
-        _print_json(printed[0] if len(printed) == 1 else {"comparisons": printed})
+        _print_json({"comparisons": printed, "report": str(together)})
+        return
+    _out.print(f"All contexts: {together}", highlight=False)
 
 
 def _at_budgets(methods: list[str], budgets: list[float | int]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -59,6 +60,11 @@ def write_report(comparison: Comparison, path: Path) -> Path:
     return _write(report_html(comparison), path)
 
 
+def write_contexts_report(comparisons: Sequence[Comparison], path: Path) -> Path:
+    """The same for comparisons on contexts of several lengths, whose own reports lie beside it, by context."""
+    return _write(contexts_html(comparisons), path)
+
+
 def write_replay_report(replay: Replay, check: Check | None, path: Path) -> Path:
     """The same for a replay: its curves, with the points that were run live, and the numbers."""
     return _write(replay_html(replay, check), path)
@@ -103,6 +109,35 @@ follow the fused model.</p>
 {kept or "<p>No method evicted anything.</p>"}
 </body></html>
 """
+
+
+def contexts_html(comparisons: Sequence[Comparison]) -> str:
+    """The whole page of comparisons that differ in the length of their contexts: scores side by side, then each by itself."""
+    first = comparisons[0].about
+    by_context = {f"{each.about['settings']['context']} tokens": each for each in comparisons}
+    sections = "".join(
+        f'<h2>{name}</h2><p class="note">{html.escape(each.settings)}; more in '
+        f'<a href="context-{each.about["settings"]["context"]}/report.html">its own report</a>.</p>'
+        f"{table_html(each)}{_figure(each.pareto())}"
+        for name, each in by_context.items()
+    )
+    return f"""{_head(f"{first['workload']} on {first['model']}, by context")}
+<p class="sub">{html.escape(_ran_on(first["environment"]))}</p>
+<h2>Score by context</h2>
+{_by_context(by_context, "score")}
+<h2>KL to dense by context</h2>
+<p class="note">Nats a token.</p>
+{_by_context(by_context, "kl_to_dense")}
+{_left_alone(first)}
+{sections}
+</body></html>
+"""
+
+
+def _by_context(comparisons: dict[str, Comparison], column: str) -> str:
+    """One row a setup, one column a context."""
+    values = {name: {row.setup: getattr(row, column) for row in each.rows} for name, each in comparisons.items()}
+    return _frame(pd.DataFrame(values).rename_axis("setup").reset_index())
 
 
 def replay_html(replay: Replay, check: Check | None) -> str:

@@ -10,7 +10,7 @@ import torch
 import workbench as wb
 from workbench.engine.policy import LayerState
 from workbench.methods.cache.base import keep_top, recent, window_scores
-from workbench.methods.cache.budgets import adaptive, streaming, whole
+from workbench.methods.cache.budgets import adaptive, adaptive_each, streaming, whole
 from workbench.methods.cache.duo_attention import _reach
 from workbench.probes.rotation import Rotation
 from workbench.testing import ids, random_llama
@@ -28,9 +28,12 @@ def layer_state(capacity, num_q_heads=4, num_kv_heads=2, length=50, seed=0, alik
 
 
 def test_adakv_worked_example():
-    """Two heads of six scores, the first all larger, mean 3: counts [6 0]. The paper's code rounds to [5 0] and [4 1] and loses
-    a token; here the larger remainder, or the earlier head, gets it.
+    """Two heads of six scores, the first all larger, mean 3: counts [6 0]. Each rounded by itself, as in the paper's code, they
+    lose a token; rounded to their sum, the larger remainder, or the earlier head, gets it.
     """
+    assert adaptive_each([6, 0], 0.2) == [5, 0]  # 4.8 and 0, for int(0.6) = 0
+    assert adaptive_each([6, 0], 0.5) == [4, 1]  # int(1.5) = 1
+    assert adaptive_each([6, 0], 0.0) == [6, 0] and adaptive_each([6, 0], 1.0) == [3, 3]
     assert adaptive([6, 0], 0.0) == [6, 0]
     assert adaptive([6, 0], 0.2) == [5, 1]  # 5.4 and 0.6
     assert adaptive([6, 0], 0.5) == [5, 1]  # 4.5 and 1.5
@@ -44,6 +47,41 @@ def test_adakv_budgets_sum_to_the_total_and_keep_the_floor(floor):
         mean = sum(hits) / 3
         assert sum(budgets) == sum(hits) and all(budget >= int(mean * floor) for budget in budgets)
         assert all(abs(budget - hit * (1 - floor) - mean * floor) < 1 for budget, hit in zip(budgets, hits, strict=True))
+
+
+def test_adakv_budgets_rounded_each_by_itself_never_exceed_the_total():
+    assert adaptive_each([2, 2, 11], 0.2) == [3, 2, 10]  # 2.6, 2.6 and 9.8 would be 3, 3 and 10
+    exceeding = 0
+    for floor, *hits in itertools.product((0.0, 0.2, 0.37, 0.5, 1.0), range(8), (0, 1, 7, 30), (0, 1, 7, 30)):
+        budgets, least = adaptive_each(hits, floor), int(sum(hits) / 3 * floor)
+        rounded = [round(hit * (1 - floor) + least) for hit in hits]
+        exceeding += sum(rounded) > sum(hits)
+        assert budgets == rounded or sum(rounded) > sum(budgets) == sum(hits)
+        assert sum(hits) - 1.5 * 3 < sum(budgets) <= sum(hits)
+        assert all(least <= budget <= each for budget, each in zip(budgets, rounded, strict=True))
+    assert exceeding > 5
+
+
+@pytest.mark.parametrize(("rounding", "divide"), [("sum", adaptive), ("each", adaptive_each)])
+def test_adakv_promises_its_budget_however_it_rounds(tiny, rounding, divide):
+    """Two kv heads with 5 tokens each before a window of 3: what is promised is the budget, what is held what was rounded."""
+    lm = wb.load((random_llama(2), tiny.tokenizer))
+    session, unrounded = (wb.Session(lm, wb.AdaKV(budget=8, window=3, rounding=rounding, floor=floor)) for floor in (0.3, 0.0))
+    session.prefill(ids(40)), unrounded.prefill(ids(40))
+    last = session.trace.table("cache").query("op == 'evict'").set_index("layer")
+    per_token = 2 * 8 * 4  # K and V of 8 float32
+    for layer, each in enumerate(session._cache.layers):
+        held, whole_hits = ((one._cache.layers[layer].store.positions[0] >= 0).sum(-1) for one in (session, unrounded))
+        assert (held - 3).tolist() == divide((whole_hits - 3).tolist(), 0.3)
+        assert last["nominal_bytes"][layer] == 2 * 8 * per_token and last["held_tokens"][layer] == each.held_tokens
+        assert each.held_tokens == 16 if rounding == "sum" else each.held_tokens < 16
+
+
+@pytest.mark.parametrize("capacity", [5, 17, 40])
+def test_adakv_of_one_floor_is_snapkv_however_it_rounds(capacity):
+    state = layer_state(capacity)
+    knobs = dict(budget=capacity, window=6, kernel=5, pooling="avg", floor=1.0)
+    assert torch.equal(wb.AdaKV(**knobs).keep(state), wb.AdaKV(**knobs, rounding="each").keep(state))
 
 
 def test_shares_are_rounded_to_their_total():

@@ -126,7 +126,7 @@ def test_maps_show_what_the_snapshot_holds(run):
     assert np.array_equal(attention.data[0].customdata, run.mass)
     assert held.data[0].text[0][1] == repr(run.texts[1])
     begun = [position for position in range(1, len(run.phases)) if run.phases[position] != run.phases[position - 1]]
-    assert [shape.x0 for shape in held.layout.shapes] == [position - 0.5 for position in begun] and len(begun) == 3
+    assert {shape.x0 for shape in held.layout.shapes} == {position - 0.5 for position in begun} and len(begun) == 3
 
 
 def test_a_wide_map_is_averaged_into_fewer_columns(run):

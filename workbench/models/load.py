@@ -27,6 +27,7 @@ from workbench.errors import UserError
 from workbench.models import gemma
 from workbench.models.anatomy import Anatomy, anatomy_of
 from workbench.models.blueprint import blueprint
+from workbench.trace.display import RichDisplay
 
 _HUB_TIMEOUT_S = 10
 
@@ -34,7 +35,7 @@ BUILTIN = Path(__file__).parent / "builtin"
 
 
 @dataclass(frozen=True)
-class LM:
+class LM(RichDisplay):
     """A causal language model ready to run."""
 
     name: str
@@ -79,6 +80,12 @@ class LM:
         anatomy = self.anatomy
         size = f"{anatomy.num_parameters / 1e6:.1f}M parameters"
         return f"LM({self.name}: {anatomy.class_name}, {size}, {anatomy.dtype}, {self.device})"
+
+    def _repr_html_(self) -> str:
+        anatomy = self.anatomy
+        limit = "" if anatomy.max_positions is None else f", context of {anatomy.max_positions:,} tokens"
+        facts = f"{anatomy.num_layers} layers, {anatomy.kv_bytes_per_token:,} bytes of KV a token{limit}"
+        return f"{super()._repr_html_()}<p>{facts}</p>"
 
 
 def builtin_names() -> list[str]:

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from workbench.plots.matrix import token_matrix
 from workbench.plots.text import plain
-from workbench.plots.theme import MASS_HEATMAP
+from workbench.plots.theme import MASS_HEATMAP, MASS_MARK
 from workbench.trace.snapshot import Snapshot
 
 
@@ -27,6 +27,7 @@ def attention_map(snapshot: Snapshot) -> go.Figure:
         title=f"Attention of the newest tokens: {plain(snapshot.setup)}",
         value="mass VALUE:.4f}",
         heatmap=MASS_HEATMAP,
+        mark=MASS_MARK,
         logarithm=True,
         missing="No attention was observed yet; importance='decode' records it from the first decoded token on.",
-    ).update_layout(uirevision=snapshot.name)
+    ).update_layout(uirevision="live")

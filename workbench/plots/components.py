@@ -33,4 +33,4 @@ def components(trace: Trace, of: str = "flops") -> go.Figure:
         )
     figure.update_layout(barmode="stack")
     kind = "FLOPs (full convention)" if of == "flops" else "Bytes moved (modelled, fused)"
-    return style(figure, f"{kind} a token, by component", "phase", f"{of} a token")
+    return style(figure, f"{kind} a token, by component", "phase", f"{'FLOPs' if of == 'flops' else 'bytes'} a token")

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from workbench.errors import UserError
 from workbench.plots.text import plain
-from workbench.plots.theme import LOAD_SCALE, note, style
+from workbench.plots.theme import SHARE_SCALE, colour_bar, note, style
 from workbench.trace.snapshot import Snapshot
 from workbench.trace.trace import Trace
 
@@ -49,15 +49,15 @@ def expert_load(of: Snapshot | Trace) -> go.Figure:
             z=share,
             y=list(range(len(layers))),
             customdata=counts,
-            colorscale=LOAD_SCALE,
+            colorscale=SHARE_SCALE,
             zmin=0,
             zmax=max(float(np.nanmax(share)), 2 / counts.shape[1]),
-            colorbar={"title": "share of<br>the layer", "tickformat": ".0%"},
+            colorbar=colour_bar("share of the layer", tickformat=".0%"),
             hovertemplate="expert %{x}, layer %{y}<br>%{customdata:,} tokens, %{z:.1%} of the layer's<extra></extra>",
         )
     else:
         note(figure, "No token was routed yet.")
-    title = f"Expert load: {plain(setup)}<br><sub>even would be {1 / counts.shape[1]:.1%} each</sub>"
+    title = f"Expert load: {plain(setup)}<br><sub>an even load is {1 / counts.shape[1]:.1%} each</sub>"
     style(figure, title, "expert", "layer", height=150 + 34 * min(len(layers), 20))
     figure.update_yaxes(autorange="reversed", tickvals=list(range(len(layers))), ticktext=list(map(str, layers)))
-    return figure.update_layout(margin={"t": 70}, uirevision=of.name if isinstance(of, Snapshot) else None)
+    return figure.update_layout(uirevision="live" if isinstance(of, Snapshot) else None)

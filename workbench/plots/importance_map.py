@@ -9,7 +9,7 @@ from workbench.cost.metrics import mass_by_position
 from workbench.errors import UserError
 from workbench.plots.cache_map import tokens_of
 from workbench.plots.matrix import token_matrix
-from workbench.plots.theme import MASS_HEATMAP
+from workbench.plots.theme import MASS_HEATMAP, MASS_MARK
 from workbench.trace.trace import Trace
 
 
@@ -42,5 +42,6 @@ def importance_map(trace: Trace, step: int | None = None, row: int = 0) -> go.Fi
         title=f"Attention mass by position, step {step}",
         value="mass VALUE:.4f}",
         heatmap=MASS_HEATMAP,
+        mark=MASS_MARK,
         logarithm=True,
     )

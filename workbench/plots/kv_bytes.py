@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 
 from workbench.cost.metrics import cache_bytes
+from workbench.plots.text import plain
 from workbench.plots.theme import method_colours, method_of, method_symbol, style
 from workbench.trace.trace import Trace
 
@@ -26,13 +27,13 @@ def kv_bytes(traces: Trace | Mapping[str, Trace]) -> go.Figure:
                 x=held["step"],
                 y=held[column],
                 mode="lines+markers",
-                marker={"size": 5, "symbol": method_symbol(method_of(label))},
-                name=method_of(label),
-                legendgroup=method_of(label),
+                marker={"size": 7, "symbol": method_symbol(method_of(label))},
+                name=plain(method_of(label)),
+                legendgroup=plain(method_of(label)),
                 showlegend=kind == "physical" and method_of(label) not in shown,
                 line={"color": colours[label], "dash": dash, "width": width},
-                hovertemplate=f"{label}, {kind}<br>step %{{x}}<br>%{{y:,}} bytes<extra></extra>",
+                hovertemplate=f"{plain(label)}, {kind}<br>step %{{x}}<br>%{{y:,}} bytes<extra></extra>",
             )
         shown.add(method_of(label))
     style(figure, "KV cache: allocated (solid) and by budget (dotted)", "forward call", "bytes")
-    return figure.update_yaxes(rangemode="tozero")
+    return figure.update_yaxes(rangemode="tozero", exponentformat="SI")

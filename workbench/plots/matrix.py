@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
+from workbench.plots.look import LIGHT
 from workbench.plots.text import plain, quoted
-from workbench.plots.theme import MARK, note, style
+from workbench.plots.theme import note, style
 
 MAX_COLUMNS = 2000
 """Wider maps are averaged into this many columns before they are drawn."""
@@ -27,6 +28,7 @@ def token_matrix(
     title: str,
     value: str,
     heatmap: dict,
+    mark: str = LIGHT.ink,
     logarithm: bool = False,
     missing: str = "Nothing was read yet.",
 ) -> go.Figure:
@@ -40,6 +42,7 @@ def token_matrix(
         title: of the figure, made safe by the caller.
         value: what the hover text says of a number, with `VALUE` for where it stands.
         heatmap: colour scale, colour bar and range.
+        mark: colour of the lines on the map.
         logarithm: whether colours follow log10 of the values, which must then not be negative.
         missing: the sentence in the middle if there are no positions.
     """
@@ -63,7 +66,7 @@ def token_matrix(
         )
     else:
         note(figure, missing)
-    _mark_phases(figure, phases)
+    _mark_phases(figure, phases, mark)
     style(figure, title, "position in the text", "layer", height=120 + 34 * min(len(layers), 20))
     return figure.update_yaxes(autorange="reversed", dtick=1 if len(layers) <= 20 else None)
 
@@ -73,16 +76,18 @@ def _names(tokens: Sequence[str | None]) -> str:
     return " ".join(map(quoted, shown)) + (" …" if len(shown) < len(tokens) else "")
 
 
-def _mark_phases(figure: go.Figure, phases: Sequence[str]) -> None:
-    """A line where a phase begins, named where there is room."""
+def _mark_phases(figure: go.Figure, phases: Sequence[str], inside: str) -> None:
+    """A line where a phase begins, with a tick above the map, named where there is room."""
     free = 0.0
     for position in range(1, len(phases)):
         if phases[position] == phases[position - 1]:
             continue
-        figure.add_vline(x=position - 0.5, line={"width": 1, "dash": "dot", "color": MARK})
+        x = position - 0.5
+        figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"width": 1, "dash": "dot", "color": inside})
+        figure.add_shape(type="line", x0=x, x1=x, y0=1, y1=1.06, yref="paper", line={"width": 1, "color": LIGHT.mark})
         if position >= free:
             figure.add_annotation(
-                x=position - 0.5, y=1, yref="paper", yanchor="bottom", xanchor="left", showarrow=False, font={"size": 11},
+                x=x, y=1, yref="paper", yanchor="bottom", xanchor="left", showarrow=False, font={"size": 11},
                 text=plain(phases[position]),
             )  # fmt: skip
             free = position + _APART * len(phases)

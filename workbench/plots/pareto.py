@@ -6,7 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.errors import UserError
-from workbench.plots.theme import method_colours, method_of, method_symbol, style
+from workbench.plots.text import plain
+from workbench.plots.theme import MARK, method_colours, method_of, method_symbol, style
 from workbench.trace.comparison import Comparison
 
 _LOWER_IS_BETTER = {"nll", "kl_to_dense"}
@@ -27,18 +28,16 @@ def pareto(comparison: Comparison, x: str = "kv_physical_bytes", y: str = "score
             x=rows[x],
             y=rows[y],
             mode="lines+markers",
-            name=method,
+            name=plain(method),
             line={"dash": "dot", "width": 1, "color": colours[rows["setup"].iloc[0]]},
             marker={"size": 12, "symbol": method_symbol(str(method))},
-            customdata=rows[["setup", "fired"]],
+            customdata=rows[["setup", "fired"]].map(plain),
             hovertemplate=f"%{{customdata[0]}}<br>{x} %{{x:,}}<br>{y} %{{y:.3f}}<br>%{{customdata[1]}}<extra></extra>",
         )
     front = frontier(table, x, y)
-    figure.add_scatter(
-        x=front[x], y=front[y], mode="lines", name="best trade-offs", line={"width": 5, "color": "rgba(0,0,0,0.12)"}
-    )
+    figure.add_scatter(x=front[x], y=front[y], mode="lines", name="best trade-offs", line={"width": 2, "color": MARK})
     about = comparison.about
-    title = f"{_plain(y)} against {_plain(x)}: {about['workload']} on {about['model']}"
+    title = f"{name_of(y)} against {name_of(x)}: {plain(about['workload'])} on {plain(about['model'])}"
     return style(figure, title, _axis(x), _axis(y), height=430)
 
 
@@ -60,12 +59,13 @@ def _axis(column: str) -> str:
         "score": "score (share right)",
         "kl_to_dense": "KL to dense (nats a token)",
         "nll": "negative log-likelihood (nats a token)",
+        "top1_agreement": "top-1 as in the dense run (share)",
         "tpot_s": "time per output token (s, measured)",
         "ttft_s": "time to first token (s, measured)",
     }
     return names.get(column, column)
 
 
-def _plain(column: str) -> str:
+def name_of(column: str) -> str:
     """A column's name without its unit."""
     return _axis(column).partition(" (")[0]

@@ -6,11 +6,13 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.errors import UserError
-from workbench.plots.theme import method_colours, method_of, method_symbol, style
+from workbench.plots.look import LIGHT
+from workbench.plots.text import plain
+from workbench.plots.theme import MARK, method_colours, method_of, method_symbol, style
 from workbench.trace.check import Check
 from workbench.trace.replay import Replay
 
-_NAMES = {"mass_retained": "attention mass retained (share)", "output_error": "error of the attention output (share)"}
+NAMES = {"mass_retained": "attention mass retained (share)", "output_error": "error of the attention output (share)"}
 _DASHES = ("solid", "dot", "longdash", "dashdot")
 
 
@@ -25,8 +27,8 @@ def replay_curves(replay: Replay, check: Check | None = None, y: str = "mass_ret
     Raises:
         UserError: for another `y`.
     """
-    if y not in _NAMES:
-        raise UserError(f"Cannot draw {y!r} of a replay; choose {' or '.join(map(repr, _NAMES))}.")
+    if y not in NAMES:
+        raise UserError(f"Cannot draw {y!r} of a replay; choose {' or '.join(map(repr, NAMES))}.")
     table = replay.curves()
     prompt = replay.about["prompt_tokens"]
     table["setup"] = [point.setup for point in replay.points]
@@ -43,10 +45,10 @@ def replay_curves(replay: Replay, check: Check | None = None, y: str = "mass_ret
             x=rows["share"],
             y=rows[y],
             mode="lines+markers",
-            name=name,
+            name=plain(name),
             line={"color": colours[name], "dash": _DASHES[variant % len(_DASHES)]},
             marker={"symbol": method_symbol(method_of(name)), "size": 7},
-            customdata=rows[["setup", "mass_retained", "output_error"]],
+            customdata=rows[["setup", "mass_retained", "output_error"]].assign(setup=rows["setup"].map(plain)),
             hovertemplate="%{customdata[0]}<br>mass %{customdata[1]:.4f}<br>output error %{customdata[2]:.4f}<extra></extra>",
         )
         best = tuple(zip(rows["share"].round(9), rows["oracle_mass"].round(6), strict=True))
@@ -57,15 +59,15 @@ def replay_curves(replay: Replay, check: Check | None = None, y: str = "mass_ret
                 x=[share for share, _ in best],
                 y=[mass for _, mass in best],
                 mode="lines",
-                name=f"best possible: {', '.join(names)}",
-                line={"dash": "dash", "width": 1, "color": "#555555" if len(names) > 1 else colours[names[0]]},
-                hovertemplate=f"best possible for {', '.join(names)}<br>%{{y:.4f}}<extra></extra>",
+                name=f"best possible: {plain(', '.join(names))}",
+                line={"dash": "dash", "width": 1, "color": MARK if len(names) > 1 else colours[names[0]]},
+                hovertemplate=f"best possible for {plain(', '.join(names))}<br>%{{y:.4f}}<extra></extra>",
             )
-    title = f"Replay of {replay.about['model']}, {prompt} + {replay.about['steps']} tokens"
+    title = f"Replay of {plain(replay.about['model'])}, {prompt} + {replay.about['steps']} tokens"
     if check is not None:
         _add_live(figure, table, check, y)
-        title += f"<br><sub>{check}</sub>"
-    style(figure, title, "budget (share of the prompt)", _NAMES[y], height=520)
+        title += f"<br><sub>{plain(check)}</sub>"
+    style(figure, title, "budget (share of the prompt)", NAMES[y], height=520)
     return figure.update_layout(margin={"t": 70})
 
 
@@ -78,8 +80,8 @@ def _add_live(figure: go.Figure, table: pd.DataFrame, check: Check, y: str) -> N
         y=places[y],
         mode="markers",
         name="run live",
-        marker={"symbol": "circle-open", "size": 15, "color": "#000000", "line": {"width": 2}},
-        customdata=live[["setup", "live_kl", "live_top1", "kept_overlap"]],
+        marker={"symbol": "circle-open", "size": 15, "color": LIGHT.ink, "line": {"width": 2}},
+        customdata=live[["setup", "live_kl", "live_top1", "kept_overlap"]].assign(setup=live["setup"].map(plain)),
         hovertemplate="%{customdata[0]}, run live<br>KL to dense %{customdata[1]:.4f} nats<br>top-1 %{customdata[2]:.1%}"
         "<br>kept as foretold %{customdata[3]:.1%}<extra></extra>",
     )

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
+from workbench.cost.flops import COMPONENTS
 from workbench.cost.roofline import Prediction
-from workbench.plots.theme import PALETTE, SYMBOLS, style
+from workbench.plots.look import LIGHT
+from workbench.plots.text import plain
+from workbench.plots.theme import MARK, PALETTE, SYMBOLS, style
 
 _MARGIN = 4
 """How far the roof is drawn beyond the outermost point and the ridge, as a factor."""
@@ -30,12 +33,12 @@ def roofline(prediction: Prediction) -> go.Figure:
         x=[ends[0], ridge, ends[1]],
         y=[ends[0] * hardware.bandwidth, peak, peak],
         mode="lines",
-        name=f"bound of {hardware.name}",
-        line={"color": "#555555", "width": 2},
+        name=f"bound of {plain(hardware.name)}",
+        line={"color": MARK, "width": 2},
         hovertemplate=f"ridge at {ridge:.3g} FLOPs a byte<extra></extra>",
     )
     symbols = dict(zip(prediction.phases["phase"], SYMBOLS, strict=False))
-    for number, (component, rows) in enumerate(points.groupby("component", sort=False)):
+    for component, rows in points.groupby("component", sort=False):
         figure.add_scatter(
             x=rows["intensity"],
             y=rows["flops"] / rows["predicted_s"],
@@ -43,9 +46,9 @@ def roofline(prediction: Prediction) -> go.Figure:
             name=str(component),
             marker={
                 "size": _SMALLEST + (_LARGEST - _SMALLEST) * np.sqrt(rows["share"]),
-                "color": PALETTE[number % len(PALETTE)],
+                "color": PALETTE[COMPONENTS.index(str(component)) % len(PALETTE)],
                 "symbol": rows["phase"].map(symbols),
-                "line": {"width": 1, "color": "white"},
+                "line": {"width": 1, "color": LIGHT.paper},
             },
             customdata=rows[["phase", "bound", "predicted_s", "share"]],
             hovertemplate=f"%{{customdata[0]}}, {component}: bound by %{{customdata[1]}}<br>%{{x:.3g}} FLOPs a byte<br>"
@@ -54,5 +57,6 @@ def roofline(prediction: Prediction) -> go.Figure:
     figure.update_xaxes(type="log", exponentformat="power")
     figure.update_yaxes(type="log", exponentformat="power")
     legend = ", ".join(f"{symbol}: {phase}" for phase, symbol in symbols.items())
-    title = f"Roofline: {prediction.model} on {hardware.label}, {dtype}<br><sub>{legend}; area: share of the phase's time</sub>"
+    title = f"Roofline: {plain(prediction.model)} on {plain(hardware.label)}, {dtype}"
+    title += f"<br><sub>{legend}; area: share of the phase's time</sub>"
     return style(figure, title, "arithmetic intensity (FLOPs a byte, fused)", "FLOP/s (predicted)", height=480)

@@ -8,12 +8,14 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.errors import UserError
+from workbench.plots.look import LIGHT
+from workbench.plots.pareto import name_of
+from workbench.plots.text import plain
 from workbench.plots.theme import style
 from workbench.trace.comparison import Comparison
 
 _BUDGET = re.compile(r"budget=([\d.]+)(?:, )?")
-_HIGHER_IS_BETTER = {"score": True, "top1_agreement": True, "kl_to_dense": False, "nll": False}
-_SCALE = [[0.0, "#F7F7F7"], [1.0, "#0072B2"]]
+HIGHER_IS_BETTER = {"score": True, "top1_agreement": True, "kl_to_dense": False, "nll": False}
 
 
 def score_table(comparison: Comparison, column: str = "score") -> pd.DataFrame:
@@ -23,8 +25,8 @@ def score_table(comparison: Comparison, column: str = "score") -> pd.DataFrame:
 
     Raises UserError for a column that is no measure of quality, and if no setup has a budget.
     """
-    if column not in _HIGHER_IS_BETTER:
-        raise UserError(f"{column!r} is no measure of quality; choose one of {', '.join(_HIGHER_IS_BETTER)}.")
+    if column not in HIGHER_IS_BETTER:
+        raise UserError(f"{column!r} is no measure of quality; choose one of {', '.join(HIGHER_IS_BETTER)}.")
     cells = {}
     for row in comparison.rows:
         found = _BUDGET.search(row.setup)
@@ -34,31 +36,32 @@ def score_table(comparison: Comparison, column: str = "score") -> pd.DataFrame:
     if not cells:
         raise UserError("No setup of this comparison has a budget; compare methods such as 'snapkv:budget=0.2'.")
     table = pd.Series(cells).unstack()
-    return table.loc[table.mean(axis=1).sort_values(ascending=not _HIGHER_IS_BETTER[column], kind="stable").index]
+    return table.loc[table.mean(axis=1).sort_values(ascending=not HIGHER_IS_BETTER[column], kind="stable").index]
 
 
 def score_map(comparison: Comparison, column: str = "score") -> go.Figure:
     """The table as a map, with its numbers; the title gives the dense run's value. Raises UserError as `score_table` does."""
     table = score_table(comparison, column).iloc[::-1]
     dense = next((getattr(row, column) for row in comparison.rows if row.setup == "dense"), None)
-    better = _HIGHER_IS_BETTER[column]
+    better = HIGHER_IS_BETTER[column]
     figure = go.Figure(
         go.Heatmap(
             z=table.to_numpy(),
             x=[f"{budget:g}" for budget in table.columns],
-            y=list(table.index),
+            y=list(map(plain, table.index)),
             text=table.map(lambda value: "idle" if value != value else f"{value:.2f}").to_numpy(),
             texttemplate="%{text}",
-            colorscale=_SCALE if better else [[0.0, _SCALE[1][1]], [1.0, _SCALE[0][1]]],
+            textfont={"color": LIGHT.ink},
+            colorscale=[[0.0, LIGHT.low], [1.0, LIGHT.high_under_text]],
+            reversescale=not better,
             zmin=0,
             zmax=1 if column in {"score", "top1_agreement"} else None,
             showscale=False,
-            hovertemplate="%{y} at %{x}<br>" + column + " %{z:.3f}<extra></extra>",
+            hovertemplate="%{y} at %{x}<br>" + name_of(column) + " %{z:.3f}<extra></extra>",
         )
     )
     about = comparison.about
     beside = "" if dense is None else f" (dense {dense:.2f})"
-    title = f"{column}: {about['workload']} on {about['model']}{beside}"
+    title = f"{name_of(column)}: {plain(about['workload'])} on {plain(about['model'])}{beside}"
     figure = style(figure, title, "budget (share of the prompt)", "", height=110 + 24 * len(table))
-    figure.update_layout(margin={"l": 170}, xaxis_type="category")
-    return figure
+    return figure.update_xaxes(type="category").update_yaxes(type="category", automargin=True)

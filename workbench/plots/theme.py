@@ -1,52 +1,120 @@
-"""One look for all figures: the same colour for the same method.
-
-Colours are safe for the colour-blind: those of Okabe and Ito (2008), then of Paul Tol's muted scheme
-(sronpersonalpages.nl/~pault).
-"""
+"""One look for all figures: the same colour for the same method, on light pages and on dark ones."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import plotly.graph_objects as go
 
-PALETTE = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"),
-    *("#332288", "#117733", "#999933", "#882255", "#CC6677", "#44AA99", "#DDCC77", "#88CCEE"),
-)
-DENSE_COLOUR = "#555555"
-MARK = "#777777"
-"""Lines and texts that say where something happened."""
-KEPT_SCALE = [[0.0, "#F4F4F4"], [1.0, "#0072B2"]]
-HELD_HEATMAP = {
-    "colorscale": KEPT_SCALE,
-    "zmin": 0,
-    "zmax": 1,
-    "colorbar": {"title": "share of<br>kv heads", "tickformat": ".0%"},
-}
-MASS_HEATMAP = {"colorscale": "Cividis", "colorbar": {"title": "log10<br>mass"}}
-LOAD_SCALE = KEPT_SCALE
+from workbench.plots.look import DARK, LIGHT, Look
+
+PALETTE = LIGHT.palette
+DENSE_COLOUR = LIGHT.dense
+MARK = LIGHT.mark
+SHARE_SCALE = [[0.0, LIGHT.low], [1.0, LIGHT.high]]
+MASS_MARK = "rgba(255, 255, 255, 0.9)"
+"""On the dark end of that scale, which is the same on light and dark pages."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon")
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
+def colour_bar(title: str, **options: Any) -> dict:
+    """A colour bar whose title stands beside it, since above it would cover the numbers of a low figure."""
+    return {"title": {"text": title, "side": "right", "font": {"size": 12}}, "tickfont": {"size": 12}, **options}
+
+
+HELD_HEATMAP = {
+    "colorscale": SHARE_SCALE,
+    "zmin": 0,
+    "zmax": 1,
+    "colorbar": colour_bar("share of kv heads", tickformat=".0%"),
+}
+MASS_HEATMAP = {"colorscale": "Cividis", "colorbar": colour_bar("log10 of the mass")}
+
+
 def style(figure: go.Figure, title: str, x: str, y: str, height: int = 380) -> go.Figure:
-    """Applies the common look and names the axes."""
+    """Applies the common look and names the axes. Texts must have been made safe by `text.plain`."""
     figure.update_layout(
-        template="plotly_white",
-        title={"text": title, "font": {"size": 16}, "x": 0.01},
+        template=_template(LIGHT),
+        title={
+            "text": title,
+            "font": {"size": 16},
+            "x": 0.01,
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 26 if "<br>" in title else 12},
+        },
         font={"family": "Inter, Helvetica, Arial, sans-serif", "size": 13},
         xaxis_title=x,
         yaxis_title=y,
         height=height,
-        margin={"l": 70, "r": 20, "t": 50, "b": 55},
-        legend={"orientation": "h", "y": -0.22},
+        margin={"l": 70, "r": 20, "t": 70 if "<br>" in title else 50, "b": 55},
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
     )
     return figure
+
+
+def dark(figure: go.Figure) -> go.Figure:
+    """A copy of one of our figures for a dark page: background, texts, grid, and every colour in its dark counterpart."""
+    drawn = figure.to_plotly_json()
+    copy = go.Figure(figure).update_layout(template=_template(DARK))
+    copy.update_layout(_colours({key: part for key, part in drawn["layout"].items() if key != "template"}))
+    for trace, part in zip(copy.data, drawn["data"], strict=True):
+        trace.update(_colours(part))
+    return copy
+
+
+def _colours(part: Any) -> Any:
+    """The colours in a part of a figure, at their places, as they are on a dark page."""
+    if isinstance(part, dict):
+        found = {
+            key: _counterpart(each) if "color" in key and not isinstance(each, dict) else _colours(each)
+            for key, each in part.items()
+        }
+        return {key: each for key, each in found.items() if each}
+    if isinstance(part, list | tuple) and all(isinstance(each, dict) for each in part):
+        return [_colours(each) for each in part]
+    return None
+
+
+def _counterpart(colour: Any) -> Any:
+    """Of a colour, of a scale of them, or of a list."""
+    if isinstance(colour, list | tuple):
+        return [_counterpart(each) for each in colour]
+    return _COUNTERPARTS.get(colour, colour) if isinstance(colour, str) else colour
+
+
+_COUNTERPARTS = dict(zip(LIGHT.palette, DARK.palette, strict=True)) | {
+    getattr(LIGHT, name): getattr(DARK, name)
+    for name in ("paper", "ink", "grid", "mark", "dense", "low", "high", "high_under_text")
+}
+
+
+def _template(look: Look) -> go.layout.Template:
+    """What figures take from their page. A few hundred bytes, since it travels with each of them."""
+    line = {"gridcolor": look.grid, "linecolor": look.grid, "zerolinecolor": look.grid}
+    axis = {"automargin": True, "zerolinewidth": 1.5, "title": {"standoff": 12}, **line}
+    bar = {"type": "bar", "marker": {"line": {"color": look.paper, "width": 0.5}}}
+    heatmap = {"type": "heatmap", "colorbar": {"outlinewidth": 0, "ticks": "", "thickness": 20}}
+    return go.layout.Template(
+        layout={
+            "paper_bgcolor": look.paper,
+            "plot_bgcolor": look.paper,
+            "font": {"color": look.ink},
+            "colorway": look.palette,
+            "hovermode": "closest",
+            "xaxis": axis,
+            "yaxis": axis,
+        },
+        data={"bar": [bar], "heatmap": [heatmap]},
+    )
 
 
 def note(figure: go.Figure, sentence: str) -> None:
     """A sentence in the middle of a figure that has nothing to draw."""
     figure.add_annotation(text=sentence, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False, font={"size": 14})
+    figure.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False)
 
 
 def method_of(label: str) -> str:

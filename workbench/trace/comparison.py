@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from workbench.errors import UserError
+from workbench.trace.display import RichDisplay
 from workbench.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(RichDisplay):
     """The rows of a comparison, what was compared, and a trace of each setup's first sample."""
 
     about: dict[str, Any]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from workbench.errors import UserError
+from workbench.trace.display import RichDisplay
 from workbench.trace.trace import Trace
 
 _FILE = "recording.safetensors"
@@ -56,7 +57,7 @@ class LayerTensors:
 
 
 @dataclass(frozen=True)
-class Recording:
+class Recording(RichDisplay):
     """A dense run: its trace, and q, k, v of chosen layers. Made by `wb.record`."""
 
     trace: Trace

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import UserError
+from workbench.trace.display import RichDisplay, table_html
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Replay:
+class Replay(RichDisplay):
     """What methods at several budgets would have kept of a recording. Made by `wb.replay`.
 
     The decoded tokens' queries, keys and values are those of the dense run. A live run differs from it once its own
@@ -155,4 +156,4 @@ class Replay:
         return f"Replay({len(self.points)} setups on {self.about['model']}, {shape})"
 
     def _repr_html_(self) -> str:
-        return f"<p><b>{html.escape(repr(self))}</b></p>{self.curves().to_html(index=False)}"
+        return f"<p><b>{html.escape(repr(self))}</b></p>{table_html(self.curves())}"

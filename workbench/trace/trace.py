@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 from workbench.errors import UserError
 from workbench.trace import store
 from workbench.trace.anatomy import Anatomy
-from workbench.trace.schema import HALF_FLOATS, PHASES, TABLES
+from workbench.trace.display import RichDisplay, table_html
+from workbench.trace.schema import PHASES, TABLES
 
 
-class Trace:
+class Trace(RichDisplay):
     """Tables of facts and what they are about. Immutable: `select` and `merge` return new traces."""
 
     def __init__(self, meta: dict[str, Any], tables: dict[str, pa.Table]):
@@ -75,16 +76,14 @@ class Trace:
         return self.arrow(name).to_pandas()
 
     def sql(self, query: str) -> pd.DataFrame:
-        """Runs a DuckDB query over the tables. Raises UserError with DuckDB's message if it cannot."""
-        import duckdb
+        """Runs one SELECT of DuckDB's over the tables. It reaches no file, no network and no setting.
 
-        with duckdb.connect(config={"enable_external_access": False}) as connection:
-            for name, table in self._tables.items():
-                connection.register(name, _without_half_floats(table))
-            try:
-                return connection.execute(query).df()
-            except duckdb.Error as error:
-                raise UserError(f"The query failed: {str(error).splitlines()[0]}") from None
+        Raises UserError for anything else, and with DuckDB's message if it fails. `workbench.trace.query.limited` bounds time,
+        memory and rows as well.
+        """
+        from workbench.trace.query import query as run
+
+        return run(self._tables, query)
 
     def select(self, *, phase: str | None = None, layers: Sequence[int] | None = None, steps: range | None = None) -> Trace:
         """The part of the trace in a phase, in some layers, or in a range of steps."""
@@ -184,12 +183,12 @@ class Trace:
         return f"Trace({self.meta['anatomy']['class_name']}, {steps} steps{state})"
 
     def _repr_html_(self) -> str:
-        title = html.escape(repr(self))
-        setup = html.escape(self.setup)
-        return f"<p><b>{title}</b> &nbsp; setup {setup}</p>" + self.summary().to_html(index=False)
+        """What was recorded, by phase; what it costs takes longer to work out, and is `summary()`."""
+        from workbench.cost.durations import step_ns
 
-
-def _without_half_floats(table: pa.Table) -> pa.Table:
-    """The table with float16 lists widened, which DuckDB cannot read."""
-    wide = [field.with_type(pa.list_(pa.float32())) if field.type == HALF_FLOATS else field for field in table.schema]
-    return table.cast(pa.schema(wide))
+        steps = self.table("steps")
+        by_phase = steps.assign(seconds=step_ns(steps) / 1e9).groupby("phase", sort=False)
+        facts = by_phase.agg(calls=("step", "size"), tokens=("tokens", "sum"), seconds=("seconds", "sum")).reset_index()
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        title = f"<p><b>{html.escape(repr(self))}</b> &nbsp; setup {html.escape(self.setup)}</p>"
+        return f"{title}{table_html(facts)}<ul>{notes}</ul>" if notes else title + table_html(facts)

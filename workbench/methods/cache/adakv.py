@@ -10,7 +10,7 @@ import torch
 from workbench.engine.policy import QUERIES, LayerState
 from workbench.methods.base import Budget, budget_knob, knob, register
 from workbench.methods.cache.base import CacheMethod, keep_top, observing_cost, recent, window_scores
-from workbench.methods.cache.budgets import adaptive
+from workbench.methods.cache.budgets import adaptive, adaptive_each
 
 
 @register
@@ -23,8 +23,9 @@ class AdaKV(CacheMethod):
     needs: ClassVar[frozenset[str]] = frozenset({QUERIES})
     ragged: ClassVar[bool] = True
     deviations: ClassVar[tuple[str, ...]] = (
-        "The heads' budgets sum to exactly the layer's: largest remainders are rounded up; the paper's code rounds each by "
-        "itself and may lose or gain a few tokens.",
+        "The heads' budgets sum to exactly the layer's: largest remainders are rounded up. The paper's code rounds each by "
+        "itself, rounding='each' here, and may lose or gain a few tokens; what it gains is taken back, so that no budget is "
+        "exceeded, and for what it loses the budget still counts as promised.",
         "Query heads of a group share one kept set (mean after pooling), as in SnapKV here; the paper's code for groups "
         "reduces before it pools.",
         "The window is at most half the budget, so that small budgets still choose; the paper's code needs budget > window.",
@@ -38,6 +39,9 @@ class AdaKV(CacheMethod):
     )
     pooling: str = knob("max", choices=("avg", "max"), help="How scores are pooled.")
     floor: float = knob(0.2, low=0.0, high=1.0, help="Share of the budget divided evenly over the heads; at 1 this is SnapKV.")
+    rounding: str = knob(
+        "sum", choices=("sum", "each"), help="Whether heads' budgets are rounded to the layer's sum, or each by itself."
+    )
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """The window in every head, and before it the best-scored tokens of each head, as many as its budget allows."""
@@ -46,7 +50,8 @@ class AdaKV(CacheMethod):
         in_window = recent(state, windows)
         candidates = state.occupied & ~in_window
         hits = _hits(scores, candidates, state.capacity - windows)
-        budgets = torch.tensor([adaptive(row, self.floor) for row in hits.tolist()], device=scores.device)
+        divide = adaptive if self.rounding == "sum" else adaptive_each
+        budgets = torch.tensor([divide(row, self.floor) for row in hits.tolist()], device=scores.device)
         return keep_top(scores, budgets, candidates) | in_window
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:

@@ -43,6 +43,21 @@ def adaptive(hits: list[int], floor: float) -> list[int]:
     return whole(exact, sum(hits))
 
 
+def adaptive_each(hits: list[int], floor: float) -> list[int]:
+    """The same as the paper's code rounds it, each head by itself: `round(hits (1 - floor) + int(mean(hits) floor))`.
+
+    The sum may fall short of that of `hits`, by less than 3/2 a head. Where it would exceed it, those that were rounded up
+    the farthest are rounded down, of equal ones the later head's.
+    """
+    least = int(sum(hits) / len(hits) * floor)
+    exact = [hit * (1 - floor) + least for hit in hits]
+    budgets = [round(share) for share in exact]
+    order = sorted(range(len(hits)), key=lambda head: (exact[head] - budgets[head], -head))
+    for head in order[: max(sum(budgets) - sum(hits), 0)]:
+        budgets[head] -= 1
+    return budgets
+
+
 def whole(shares: list[float], total: int) -> list[int]:
     """Shares that sum to `total`, as whole numbers that do so too: the largest remainders are rounded up."""
     budgets = [int(share + 1e-9) for share in shares]
