@@ -19,6 +19,7 @@ OPTIONS = {
     "server.maxUploadSize": str(UPLOAD_MB),
     "server.fileWatcherType": "none",  # it would look into every module of torch and transformers
     "runner.magicEnabled": "false",  # it would show every string that stands alone
+    "runner.postScriptGC": "false",  # after each run of a fragment it would go through every object of torch, holding the GIL
     "client.showErrorDetails": "type",
     "client.toolbarMode": "minimal",
     "theme.primaryColor": LIGHT.high,
