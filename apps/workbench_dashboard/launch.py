@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from workbench.errors import UserError
-from workbench.plots.theme import KEPT_SCALE
+from workbench.plots.theme import SHARE_SCALE
 
 APP = Path(__file__).parent / "app.py"
 UPLOAD_MB = 200
@@ -21,7 +21,7 @@ OPTIONS = {
     "runner.magicEnabled": "false",  # it would show every string that stands alone
     "client.showErrorDetails": "type",
     "client.toolbarMode": "minimal",
-    "theme.primaryColor": KEPT_SCALE[1][1],
+    "theme.primaryColor": SHARE_SCALE[1][1],
 }
 
 
