@@ -23,6 +23,7 @@ from workbench.pictures import photograph_figure
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs/notebooks"
 _PLOTLY = "application/vnd.plotly.v1+json"
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 _LEFT_OUT_OF_TABLES = re.compile(r"<style.*?</style>|<script.*?</script>", re.DOTALL)
 """GitHub would show a style sheet as text."""
 
@@ -66,6 +67,8 @@ def shown(output: nbformat.NotebookNode, stem: str, number: int) -> str:
         picture = photograph_figure(figure, OUT / f"{stem}-{number:02d}.png")
         title = re.sub(r"<.*", "", figure.layout.title.text or "")
         return f"![{html.escape(title)}]({picture.name})"
+    if _WIDGET in output.data:
+        return "*(Here stand controls and figures once the notebook runs.)*"
     if "text/html" in output.data:
         return _LEFT_OUT_OF_TABLES.sub("", output.data["text/html"]).strip()
     return _text(output.data.get("text/plain", ""))
