@@ -68,14 +68,18 @@ def run_all(page) -> None:
 
 def test_the_first_notebook_runs(page, lab):
     folder, address = lab
-    shutil.copy(ROOT / "notebooks/01_first_profile.ipynb", folder)
+    path = shutil.copy(ROOT / "notebooks/01_first_profile.ipynb", folder)
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    drawing = [source for source in sources if re.search(r"\bplots\.|\.pareto\(", source)]
     book = opened(page, address, "01_first_profile.ipynb")
     run_all(page)
     page.wait_for_function(
         "() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(each => /\\d/.test(each.textContent))",
         timeout=120_000,
     )
-    assert book.locator(".js-plotly-plot").count() >= 4
+    assert len(drawing) >= 2
+    page.wait_for_function(f"() => document.querySelectorAll('.js-plotly-plot .main-svg').length >= {len(drawing)}")
+    assert book.locator(".js-plotly-plot").count() == len(drawing)
     assert book.locator(".jp-OutputArea-output table").count() >= 2
     assert not book.locator("[data-mime-type='application/vnd.jupyter.error']").count()
     assert page.errors == []
