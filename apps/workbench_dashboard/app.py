@@ -23,6 +23,7 @@ def title(view: Path) -> str:
 st.set_page_config(page_title="Workbench", layout="wide")
 views = sorted(VIEWS.glob("[0-9]*_*.py"), key=lambda view: int(view.stem.partition("_")[0]))
 chosen = st.navigation([st.Page(view, title=title(view)) for view in views])
+st.html("<style>.stMainBlockContainer { padding-top: 2.5rem }</style>")
 st.title(chosen.title, anchor=False)
 with errors_shown():
     chosen.run()

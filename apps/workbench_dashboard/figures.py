@@ -35,10 +35,10 @@ export default async function ({{ data, parentElement }}) {{
   if (place.shown === data.figure) return;
   place.shown = data.figure;
   const figure = JSON.parse(data.figure);
-  place.style.minHeight = `${{figure.layout.height}}px`;
+  place.style.minHeight = `${{data.height}}px`;
   const plotly = await loaded();
   if (place.shown !== data.figure) return;
-  await plotly.react(place, figure.data, {{ autosize: true, uirevision: "kept", ...figure.layout }},
+  await plotly.react(place, figure.data, {{ autosize: true, uirevision: "kept", ...figure.layout, height: data.height }},
                      {{ displaylogo: false, responsive: true }});
 }}
 """
@@ -50,6 +50,4 @@ _COMPONENT = st.components.v2.component(
 
 def show(figure: go.Figure, key: str, height: int | None = None) -> None:
     """Draws a figure, or turns the one that has this key into it. `height` is in pixels; None is the figure's own."""
-    if height is not None:
-        figure = go.Figure(figure).update_layout(height=height)
-    _COMPONENT(key=key, data={"figure": figure.to_json()})
+    _COMPONENT(key=key, data={"figure": figure.to_json(), "height": height or figure.layout.height})

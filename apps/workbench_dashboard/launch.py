@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from workbench.errors import UserError
+from workbench.plots.theme import KEPT_SCALE
 
 APP = Path(__file__).parent / "app.py"
 UPLOAD_MB = 200
@@ -17,8 +18,10 @@ OPTIONS = {
     "browser.gatherUsageStats": "false",
     "server.maxUploadSize": str(UPLOAD_MB),
     "server.fileWatcherType": "none",  # it would look into every module of torch and transformers
+    "runner.magicEnabled": "false",  # it would show every string that stands alone
     "client.showErrorDetails": "type",
     "client.toolbarMode": "minimal",
+    "theme.primaryColor": KEPT_SCALE[1][1],
 }
 
 

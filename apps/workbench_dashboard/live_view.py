@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import pandas as pd
@@ -46,24 +48,39 @@ def choose_figures() -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def draw(snapshots: Mapping[str, Snapshot], chosen: list[str]) -> None:
-    """Draws all of it. Figures of snapshots that were drawn before are not made again."""
+def draw(snapshots: Mapping[str, Snapshot], chosen: list[str], goes_on: bool) -> None:
+    """Draws all of it. While runs go on, at most a third of the time is spent on making figures."""
     columns = st.columns(len(snapshots)) if snapshots else []
     for place, (name, seen) in zip(columns, snapshots.items(), strict=True):
         with place:
             _numbers(seen)
             _text(name, seen)
-    last, made = st.session_state.get(_DRAWN, (None, {}))
-    if last is not snapshots:
-        made = {}
-    for number, (key, make) in enumerate(_wanted(snapshots, chosen).items()):
+    drawn = st.session_state.get(_DRAWN)
+    if drawn is None or (drawn.snapshots is not snapshots and not (goes_on and time.monotonic() < drawn.until_s)):
+        drawn = st.session_state[_DRAWN] = _Drawn(snapshots)
+    for number, (key, figure) in enumerate(drawn.figures(chosen).items()):
         if number % 2 == 0:
             left, right = st.columns(2)
-        if key not in made:
-            made[key] = make()
         with (left, right)[number % 2]:
-            figures.show(made[key], f"live.{key}", _HEIGHT)
-    st.session_state[_DRAWN] = (snapshots, made)
+            figures.show(figure, f"live.{key}", _HEIGHT)
+
+
+@dataclass
+class _Drawn:
+    """Figures of some snapshots, each made once, and until when they will do."""
+
+    snapshots: Mapping[str, Snapshot]
+    made: dict[str, go.Figure] = field(default_factory=dict)
+    until_s: float = 0.0
+
+    def figures(self, chosen: list[str]) -> dict[str, go.Figure]:
+        """Those that were chosen, by key."""
+        began_s = time.monotonic()
+        wanted = _wanted(self.snapshots, chosen)
+        for key in wanted.keys() - self.made.keys():
+            self.made[key] = wanted[key]()
+            self.until_s = time.monotonic() + 2 * (time.monotonic() - began_s)
+        return {key: self.made[key] for key in wanted}
 
 
 def _wanted(snapshots: Mapping[str, Snapshot], chosen: list[str]) -> dict[str, Callable[[], go.Figure]]:

@@ -21,8 +21,8 @@ def prompt_input(lm: wb.LM, key: str) -> list[int]:
     kind = st.selectbox("Prompt", list(_KINDS), key=f"{key}.kind")
     tokens = list(_KINDS[kind](lm, key))
     text = lm.tokenizer.decode(tokens)
-    st.caption(f"{len(tokens)} tokens, which begin and end so:")
-    st.code(visible(_shortened(text)), language=None, wrap_lines=True)
+    with st.expander(f"The text: {len(tokens)} tokens"):
+        st.code(visible(_shortened(text)), language=None, wrap_lines=True)
     return tokens
 
 

@@ -77,7 +77,7 @@ def test_a_run_a_swap_a_branch_and_a_question(page):
 
     page.selectbox(key="live.cache").set_value("dense").run()
     played(press(page, "live.branch"))
-    page.text_input(key="live.question").set_value("And then?").run()
+    page.text_input(key="live.question").set_value("And then?")
     played(press(page, "live.ask"))
     assert numbers(page)["Tokens decoded"] == ["18", "18"]
     assert {"live.Tokens held.run", "live.Tokens held.branch 1"} <= figures(page)

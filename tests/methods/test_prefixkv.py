@@ -229,6 +229,6 @@ def test_calibrated_ratios_are_replayed_as_they_run(tiny):
 
 def test_without_its_calibration_it_is_refused_in_one_sentence(tiny):
     lm = wb.load((random_llama(intermediate_size=56), tiny.tokenizer))
-    with pytest.raises(wb.UserError, match=r"workbench calibrate --model .* --method prefixkv:sinks=4` once"):
+    with pytest.raises(wb.UserError, match=r"workbench calibrate --model .* --method prefixkv:ratios=calibrated,sinks=4` once"):
         wb.Session(lm, wb.PrefixKV(ratios="calibrated"))
     wb.Session(lm, wb.PrefixKV())

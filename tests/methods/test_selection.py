@@ -11,12 +11,15 @@ from transformers import AttentionInterface, DynamicCache
 
 import workbench as wb
 from workbench.cost.metrics import fired
+from workbench.engine.cache import engine_cache
+from workbench.engine.call import Call
 from workbench.engine.policy import LayerState, PageLevel, ReadState
 from workbench.engine.selection import Pages
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.methods.cache.mpcache import centres
 from workbench.methods.cache.quest import page_scores
-from workbench.testing import ids, random_llama, random_model
+from workbench.testing import footprint, ids, random_llama, random_model
+from workbench.trace.store import TraceWriter
 
 
 @pytest.fixture(params=[1, 2, 4], ids=["MQA", "GQA", "MHA"])
@@ -349,3 +352,136 @@ def test_importance_of_a_selecting_step_is_that_of_what_it_read(lm):
     assert len(rows) == 3 * 4
     for row in rows.itertuples():
         assert (row.mass > 0).sum() <= 16 and row.mass.astype(float).sum() == pytest.approx(1, abs=5e-3)
+
+
+LAYERS, FOLLOWERS = 9, {3: 2, 5: 4}
+"""Of nine layers 0, 1, 7 and 8 choose for themselves, and so do the even ones, which choose for the odd ones after them."""
+
+
+@pytest.fixture
+def deep(tiny) -> wb.LM:
+    return wb.load((random_llama(num_hidden_layers=LAYERS), tiny.tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("count", "followers"), [(6, {3: 2}), (7, {3: 2}), (8, {3: 2, 5: 4}), (9, FOLLOWERS), (10, {3: 2, 5: 4, 7: 6})]
+)
+def test_odd_layers_follow_but_for_the_outer_ones(count, followers):
+    method = wb.MPCache(share_layers=True)
+    assert {number: leader for number in range(count) if (leader := method.leader(number, count)) is not None} == followers
+    assert not any(wb.MPCache().leader(number, count) for number in range(count))
+
+
+@pytest.mark.parametrize("static", ["topk", "code"])
+def test_layers_that_share_keep_and_read_the_same(deep, static):
+    """Followers what their leaders do, and these what they would without sharing, as far as nothing before them differs."""
+    chosen = []
+
+    class Watched(wb.MPCache):
+        def select(self, state):
+            chosen.append((state.layer, super().select(state)))
+            return chosen[-1][1]
+
+    session = run(deep, Watched(budget=0.1, static=static, share_layers=True), 200, 0)
+    own = run(deep, wb.MPCache(budget=0.1, static=static), 200, 0)
+    kept = [layer.store.positions for layer in session._cache.layers]
+    assert all(torch.equal(kept[layer], kept[leader]) for layer, leader in FOLLOWERS.items())
+    for layer in set(range(LAYERS)) - set(FOLLOWERS):
+        assert torch.equal(kept[layer], own._cache.layers[layer].store.positions)
+    assert not torch.equal(kept[3], own._cache.layers[3].store.positions)
+    read = {}
+    for layer in session._cache.layers:
+        gather = layer.pages.gather
+        layer.pages.gather = lambda store, pages, gather=gather, index=layer.index: read.setdefault(index, gather(store, pages))
+    session.step()
+    assert [layer for layer, _ in chosen] == sorted(set(range(LAYERS)) - set(FOLLOWERS))
+    for layer, leader in FOLLOWERS.items():
+        assert torch.equal(read[layer].positions, read[leader].positions)
+        assert not torch.equal(read[layer].keys, read[leader].keys)
+    assert not torch.equal(read[7].positions, read[6].positions)
+
+
+def test_layers_that_follow_pay_nothing_for_choosing(deep):
+    session = run(deep, wb.MPCache(budget=0.1, share_layers=True), 200, 6)
+    cache = session.trace.table("cache")
+    assert set(cache.query("op == 'score'")["layer"]) == set(range(LAYERS)) - set(FOLLOWERS)
+    followed = cache[cache["layer"].isin(FOLLOWERS)]
+    assert (followed[["extra_flops"]] == 0).all().all() and (followed.query("op == 'select'")["extra_bytes"] == 0).all()
+    for layer in session._cache.layers:
+        assert (layer.pages.nbytes == 0) == (layer.index in FOLLOWERS)
+    own = run(deep, wb.MPCache(budget=0.1), 200, 6)
+    assert dataclasses.astuple(fired(session.trace, [])) == dataclasses.astuple(fired(own.trace, [])) == (LAYERS, LAYERS, 7, 7)
+    spent = [trace.flops(by="component").set_index("component")["flops"]["method"] for trace in (own.trace, session.trace)]
+    assert spent[1] * LAYERS == spent[0] * (LAYERS - len(FOLLOWERS))
+    assert own.physical_bytes > session.physical_bytes
+
+
+def test_a_replay_shares_as_a_session_does(deep):
+    """One layer at a time could not."""
+    method = wb.MPCache(budget=0.1, share_layers=True)
+    recording = wb.record(deep, ids(200)[0].tolist(), new_tokens=3)
+    point = wb.replay(recording, [method], [0.1]).points[0]
+    session = run(deep, method, 200, 0)
+    for layer, gone in enumerate(torch.from_numpy(point.gone)):
+        for head in range(2):
+            held = session._cache.layers[layer].store.positions[0, head].tolist()
+            assert set((gone[head, :200] > 0).nonzero().flatten().tolist()) == set(held)
+    with pytest.raises(
+        wb.UserError, match=r"lets layers choose for others, and layers \[0, 1, 2, 4, 5, 6, 7, 8\] were not recorded"
+    ):
+        wb.replay(wb.record(deep, ids(200)[0].tolist(), new_tokens=3, layers=[3]), [method], [0.1])
+
+
+def test_sharing_with_every_share_at_one_is_dense(deep):
+    method = wb.MPCache(budget=1.0, ratio1=1.0, ratio2=1.0, share_layers=True)
+    assert torch.equal(run(deep, method, 80, 20).logits, run(deep, None, 80, 20).logits)
+
+
+def test_layers_share_in_a_branch_after_a_turn_and_in_a_batch(deep):
+    before = footprint(deep.model)
+    method = wb.MPCache(budget=0.1, share_layers=True)
+    session = run(deep, method, 120, 2)
+    fork = session.branch()
+    assert torch.equal(fork.append(ids(9, seed=3)[0].tolist()), session.append(ids(9, seed=3)[0].tolist()))
+    assert torch.equal(fork.step([4]), session.step([4])) and torch.equal(fork.step([7]), session.step([7]))
+    long, short = ids(150)[0].tolist(), ids(101, seed=5)[0].tolist()
+    together, alone = wb.Session(deep, method), wb.Session(deep, method)
+    together.prefill([long, short])
+    alone.prefill(short)
+    for token in (4, 5, 6):
+        both = together.step([token, token])
+        torch.testing.assert_close(both[1], alone.step([token])[0], atol=1e-4, rtol=1e-4)
+    assert footprint(deep.model) == before
+
+
+@pytest.mark.parametrize(("first", "shares"), [(None, True), (wb.StreamingLLM(budget=60), True), (wb.SnapKV(budget=60), False)])
+def test_a_swap_lets_layers_share_that_hold_the_same(deep, first, shares):
+    session = run(deep, first, 200, 1)
+    session.swap(wb.MPCache(budget=12, share_layers=True))
+    session.step()
+    session.step()
+    step = session.trace.table("cache").query("step == 3 and op == 'score'")
+    assert set(step["layer"]) == set(range(LAYERS)) - (set(FOLLOWERS) if shares else set())
+    for layer, leader in FOLLOWERS.items():
+        positions = [session._cache.layers[index].store.positions for index in (layer, leader)]
+        assert torch.equal(*positions) == shares
+    session.swap(wb.MPCache(budget=12))
+    session.step()
+    assert set(session.trace.table("cache").query("step == 4 and op == 'score'")["layer"]) == set(range(LAYERS))
+
+
+def test_sharing_is_refused_where_no_layer_could_share(tiny, deep):
+    with pytest.raises(
+        wb.UserError, match="where 6 or more have no sliding window, and this model has 4; use mpcache with share"
+    ):
+        wb.Session(tiny, wb.MPCache(share_layers=True))
+    session = run(tiny, None, 30, 1)
+    with pytest.raises(wb.UserError, match="this model has 4"):
+        session.swap(wb.MPCache(share_layers=True))
+    assert session.setup.label == "dense" and session.step().shape[0] == 1
+    attention = dataclasses.replace(deep.anatomy.layers[3].attention, num_kv_heads=4)
+    layers = list(deep.anatomy.layers)
+    layers[3] = dataclasses.replace(layers[3], attention=attention)
+    uneven = dataclasses.replace(deep.anatomy, layers=tuple(layers))
+    with pytest.raises(wb.UserError, match="lets layer 3 take the choices of layer 2, but they have 4 and 2 kv heads"):
+        engine_cache(deep.model, uneven, wb.MPCache(share_layers=True), Call(TraceWriter({})))

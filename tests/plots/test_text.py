@@ -84,8 +84,11 @@ def figures(tiny):
         "live_curve": p.live_curve({HOSTILE: snapshot, "other": snapshot}),
         "pareto": p.pareto(comparison),
         "replay_curves": p.replay_curves(replay, check),
+        "replay_map": p.replay_map(replay, HOSTILE, 0.5, 1, texts=[HOSTILE] * 99),
+        "replay_steps": p.replay_steps(replay, HOSTILE, 0.5),
         "roofline": p.roofline(prediction),
         "score_map": p.score_map(comparison),
+        "turn_scores": p.turn_scores(comparison),
     }
 
 
@@ -115,4 +118,4 @@ def test_markup_and_control_characters_stay_text(figures, name):
         rest = ENTITY.sub("", OURS.sub("", text))
         assert not re.search(r"[<>&$]", rest) and rest.isprintable(), text
     if name != "components":  # which shows nothing but our own names
-        assert any("<script>alert(1)</script>" in html.unescape(text) for text in texts)
+        assert any("<b>bold</b>" in html.unescape(text) for text in texts)

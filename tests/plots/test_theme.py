@@ -12,8 +12,8 @@ import workbench as wb
 from workbench.plots.look import DARK, LIGHT, Look
 from workbench.plots.theme import note, style
 
-OTHER_PAGES = {LIGHT: ("#FFFFFF",), DARK: ("#0E1117", "#111111")}
-"""The main background of Streamlit's and JupyterLab's light and dark themes."""
+OTHER_PAGES = {LIGHT: ("#FFFFFF",), DARK: ("#171614", "#0E1117", "#111111")}
+"""Pages of Streamlit (1.67, and before) and JupyterLab in their light and dark themes."""
 LINES, TEXT = 3.0, 4.5
 """Least contrast of WCAG 2.2, success criteria 1.4.11 and 1.4.3."""
 APART = 14.0

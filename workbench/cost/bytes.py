@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from workbench.cost.flops import grouped
+from workbench.cost.flops import alike, attention_counts, grouped, with_steps
 from workbench.errors import UserError
 from workbench.trace.anatomy import Anatomy, Attention, Layer, Linear
 from workbench.trace.traffic import expert_terms, regime, terms
@@ -83,7 +83,7 @@ def bytes_rows(trace: Trace, model: str = "fused", on_chip_bytes: int = ON_CHIP_
     for component, chosen in (("method", cache[scoring]), ("cache", cache[~scoring])):
         moved = chosen[chosen["extra_bytes"] > 0]
         parts.append(_rows(moved, moved["layer"], component, moved["extra_bytes"]))
-    return pd.concat(parts, ignore_index=True).merge(steps[["step", "phase", "setup"]], on="step")
+    return with_steps(pd.concat(parts, ignore_index=True), steps)
 
 
 def trace_bytes(
@@ -97,7 +97,7 @@ def _eager_rows(trace: Trace, steps: pd.DataFrame) -> list[pd.DataFrame]:
     traffic = trace.meta.get("eager_traffic", {"reason": "the run that wrote this trace did not come to its end"})
     if "reason" in traffic:
         raise UserError(f"The eager bytes of this trace are not known ({traffic['reason']}); use model='fused'.")
-    attention = trace.table("attention")
+    attention = attention_counts(trace)
     parts = []
     kinds = [regime(row.phase, row.batch, row.tokens, row.padding_mask) for row in steps.itertuples()]
     for kind, of_kind in steps.groupby(np.array(kinds, dtype=object), sort=False):
@@ -130,10 +130,10 @@ def _eager_expert_rows(trace: Trace, steps: pd.DataFrame, traffic: dict) -> list
 
 def _fused_rows(trace: Trace, steps: pd.DataFrame, on_chip_bytes: int) -> list[pd.DataFrame]:
     anatomy = trace.anatomy
-    attention = trace.table("attention")
+    attention = attention_counts(trace)
     parts = _outside_layers(steps, anatomy)
-    for layer in anatomy.layers:
-        parts += _layer_rows(layer, attention[attention["layer"] == layer.index], anatomy, on_chip_bytes)
+    for layer, indices in alike(anatomy):
+        parts += _layer_rows(layer, attention[attention["layer"].isin(indices)], anatomy, on_chip_bytes)
     return parts + _expert_rows(trace)
 
 
@@ -150,22 +150,22 @@ def _outside_layers(steps: pd.DataFrame, anatomy: Anatomy) -> list[pd.DataFrame]
 def _layer_rows(layer: Layer, calls: pd.DataFrame, anatomy: Anatomy, on_chip_bytes: int) -> list[pd.DataFrame]:
     size = anatomy.element_bytes
     tokens = calls["batch"] * calls["q_len"]
-    parts = [_rows(calls, layer.index, "norm", sum(norm_bytes(tokens, norm, size) for norm in layer.norms))]
+    parts = [_rows(calls, calls["layer"], "norm", sum(norm_bytes(tokens, norm, size) for norm in layer.norms))]
     for component in dict.fromkeys(linear.component for linear in layer.linears):
         linears = [linear for linear in layer.linears if linear.component == component]
         moved = sum(linear_bytes(tokens, linear, size) for linear in linears if not linear.per_key)
-        parts.append(_rows(calls, layer.index, component, moved))
+        parts.append(_rows(calls, calls["layer"], component, moved))
         expanded = [linear for linear in linears if linear.per_key]
         if expanded:
             moved = sum(linear_bytes(calls["batch"] * calls["kv_read"], linear, size) for linear in expanded)
-            parts.append(_rows(calls, layer.index, component, moved))
+            parts.append(_rows(calls, calls["layer"], component, moved))
     if len(calls):
         sizes = (calls["batch"], calls["q_len"], calls["kv_read"])
         moved = fused_attention_bytes(*sizes, layer.attention, size, on_chip_bytes)
-        parts.append(_rows(calls, layer.index, "attention.scores", moved))
+        parts.append(_rows(calls, calls["layer"], "attention.scores", moved))
         cached = calls[calls["kv_held"] > 0]
         appended = cache_append_bytes(cached["batch"], cached["q_len"], layer.attention, size)
-        parts.append(_rows(cached, layer.index, "cache", appended))
+        parts.append(_rows(cached, cached["layer"], "cache", appended))
     return parts
 
 

@@ -8,13 +8,14 @@ every key that is read, as an unmasked kernel and torch's counter do; `causal` c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from workbench.errors import UserError
-from workbench.trace.anatomy import Attention, Linear
+from workbench.trace.anatomy import Anatomy, Attention, Layer, Linear
 
 if TYPE_CHECKING:
     from workbench.trace.trace import Trace
@@ -54,22 +55,22 @@ def flops_rows(trace: Trace, convention: str = "full") -> pd.DataFrame:
         raise UserError(f"There is no FLOP convention {convention!r}; the conventions are {' and '.join(CONVENTIONS)}.")
     anatomy = trace.anatomy
     steps = trace.table("steps")
-    attention = trace.table("attention")
+    attention = attention_counts(trace)
     parts = [_rows(steps, -1, "lm_head", linear_flops(steps["logits"], anatomy.lm_head))]
-    for layer in anatomy.layers:
-        of_layer = attention[attention["layer"] == layer.index]
+    for layer, indices in alike(anatomy):
+        of_layer = attention[attention["layer"].isin(indices)]
         tokens = of_layer["batch"] * of_layer["q_len"]  # a layer may be left out of a forward call, or run twice
         keys = of_layer["batch"] * of_layer["kv_read"]
         for component in dict.fromkeys(linear.component for linear in layer.linears):
             linears = [linear for linear in layer.linears if linear.component == component]
             a_token = sum(linear_flops(1, linear) for linear in linears if not linear.per_key)
             a_key = sum(linear_flops(1, linear) for linear in linears if linear.per_key)
-            parts.append(_rows(of_layer, layer.index, component, a_token * tokens))
+            parts.append(_rows(of_layer, of_layer["layer"], component, a_token * tokens))
             if a_key:
-                parts.append(_rows(of_layer, layer.index, component, a_key * keys))
+                parts.append(_rows(of_layer, of_layer["layer"], component, a_key * keys))
         full = of_layer["batch"] * of_layer["q_len"] * of_layer["kv_read"]
         pairs = full if convention == "full" else of_layer["pairs"]
-        parts.append(_rows(of_layer, layer.index, "attention.scores", attention_flops(pairs, layer.attention)))
+        parts.append(_rows(of_layer, of_layer["layer"], "attention.scores", attention_flops(pairs, layer.attention)))
     parts += _expert_rows(trace)
     unattributed = trace.table("unattributed")
     parts.append(_rows(unattributed, -1, "unattributed", unattributed["flops"]))
@@ -77,7 +78,7 @@ def flops_rows(trace: Trace, convention: str = "full") -> pd.DataFrame:
     scored = cache[cache["extra_flops"] > 0]
     parts.append(_rows(scored, scored["layer"], "method", scored["extra_flops"]))
     rows = pd.concat(parts, ignore_index=True)
-    return rows.merge(steps[["step", "phase", "setup"]], on="step")
+    return with_steps(rows, steps)
 
 
 def trace_flops(trace: Trace, by: str | Sequence[str] | None, convention: str) -> int | pd.DataFrame:
@@ -93,7 +94,28 @@ def grouped(rows: pd.DataFrame, column: str, by: str | Sequence[str] | None) -> 
     unknown = [name for name in names if name not in GROUPS]
     if unknown:
         raise UserError(f"Cannot group by {unknown[0]!r}; choose among {', '.join(GROUPS)}.")
-    return rows.groupby(names, sort=False, as_index=False, dropna=False)[column].sum()
+    sums = rows.groupby(names, sort=False, as_index=False, dropna=False, observed=True)[column].sum()
+    return sums.astype({name: "str" for name in names if isinstance(sums[name].dtype, pd.CategoricalDtype)})
+
+
+def alike(anatomy: Anatomy) -> list[tuple[Layer, list[int]]]:
+    """The layers by kind, those of one kind counted together: one of them, and the indices of all."""
+    kinds: dict[Layer, list[int]] = {}
+    for layer in anatomy.layers:
+        kinds.setdefault(replace(layer, index=0), []).append(layer.index)
+    return [(anatomy.layers[indices[0]], indices) for indices in kinds.values()]
+
+
+def attention_counts(trace: Trace) -> pd.DataFrame:
+    """The table of attention without its texts, which take most of the time to cut a long trace into layers."""
+    table = trace.arrow("attention")
+    return table.drop_columns(["kernel", "mask"]).to_pandas()
+
+
+def with_steps(rows: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """The rows with phase and setup of their step, as categories: a long trace has millions of rows and few of either."""
+    named = steps[["step", "phase", "setup"]].astype({"phase": "category", "setup": "category"})
+    return rows.merge(named, on="step")
 
 
 def _expert_rows(trace: Trace) -> list[pd.DataFrame]:

@@ -21,6 +21,7 @@ from workbench.cost.flops import COMPONENTS, flops_rows
 from workbench.cost.hardware import ELEMENT_BYTES, TORCH_DTYPES, Hardware
 from workbench.cost.hardware import hardware as sheet
 from workbench.cost.plan import MAX_STEPS, Plan
+from workbench.cost.under_method import Says, under
 from workbench.errors import UserError
 from workbench.trace.anatomy import Anatomy
 from workbench.trace.schema import PHASES, TABLES
@@ -108,6 +109,7 @@ def predict(
     batch: int | None = None,
     context: int | None = None,
     new_tokens: int | None = None,
+    method: Says | None = None,
 ) -> Prediction:
     """Predicts the seconds of a recorded run, or of one that has not happened, on a device.
 
@@ -119,29 +121,37 @@ def predict(
         batch: rows, for an anatomy; 1 if not given.
         context: prompt tokens a row, for an anatomy; 1024 if not given.
         new_tokens: decode steps, for an anatomy; 128 if not given.
+        method: what a cache method says of such a run, for an anatomy (`workbench.experiments.planned`); None is dense.
 
     Raises:
         UserError: for a sheet, dtype or size that does not exist, and for sizes beside a trace, which has its own.
     """
     device = sheet(hardware)
     if isinstance(source, Trace):
-        if not batch is context is new_tokens is None:
-            raise UserError("A trace has its own batch, context and new tokens; leave them out, or give an anatomy.")
-        chosen = _dtype(source.anatomy, device, dtype)
+        if not batch is context is new_tokens is method is None:
+            raise UserError("A trace has its own batch, context, new tokens and method; leave them out, or give an anatomy.")
+        chosen = dtype_of(source.anatomy, device, dtype)
         trace = _retyped(source, chosen)
         return _predict(trace, device, chosen, _routed(trace), None, {}, [])
     shape = {"batch": _or(batch, 1), "context": _or(context, 1024), "new_tokens": _or(new_tokens, 128)}
-    chosen = _dtype(source, device, dtype)
+    chosen = dtype_of(source, device, dtype)
     plan = Plan(replace(source, dtype=chosen, element_bytes=ELEMENT_BYTES[chosen]), **shape)
     trace, repeats = plan.trace()
+    if method is not None:
+        trace = under(trace, method(plan.anatomy, plan.context, trace.table("steps")["context"].tolist()[1:]))
     return _predict(trace, device, chosen, plan.experts(trace), repeats, shape, _plan_notes(plan))
 
 
 def predicted_steps(trace: Trace, hardware: str | Path | Hardware) -> pd.Series:
     """Predicted seconds of each step of a recorded trace, by step."""
     device = sheet(hardware)
-    dtype = _dtype(trace.anatomy, device, None)
+    dtype = dtype_of(trace.anatomy, device, None)
     return _rows(_retyped(trace, dtype), device, dtype, _routed(trace)).groupby("step")["predicted_s"].sum()
+
+
+def layer_seconds(trace: Trace, device: Hardware, dtype: str, experts: pd.DataFrame) -> pd.DataFrame:
+    """Predicted seconds of a planned trace, one row a step, layer (-1: outside the layers) and component."""
+    return _rows(trace, device, dtype, experts)[[*_KEYS, "predicted_s"]]
 
 
 def _predict(trace, device, dtype, experts, repeats, shape, notes) -> Prediction:
@@ -242,7 +252,7 @@ def _memory(trace: Trace) -> tuple[int, int]:
     return anatomy.num_parameters * anatomy.element_bytes, int(elements) * anatomy.element_bytes
 
 
-def _dtype(anatomy: Anatomy, device: Hardware, dtype: str | None) -> str:
+def dtype_of(anatomy: Anatomy, device: Hardware, dtype: str | None) -> str:
     """The dtype to predict in. Raises UserError if there is none of that name, or the sheet has no peak for it."""
     chosen = dtype or TORCH_DTYPES.get(anatomy.dtype, anatomy.dtype)
     if chosen not in ELEMENT_BYTES:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from workbench.engine.call import Call, Waiting
 from workbench.engine.joint import divide, divides
+from workbench.engine.leading import appoint, leaders
 from workbench.engine.placing import placed
 from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING, CachePolicy, LayerState, kept_beside
 from workbench.engine.selection import Source, asks, pages_of, read_state, reads_beside
@@ -57,6 +58,10 @@ class EngineLayer(CacheLayerMixin):
         self.rotation: Rotation | None = None
         self.store: RectangularStore | RaggedStore = RectangularStore(kept_beside(policy))
         self.pages = pages_of(policy, index)
+        self.leader: int | None = None
+        """The layer that chooses for this one."""
+        self.leads = False
+        """Whether this one chooses for another."""
         self._seen = 0
         self._scaling = 1.0
         self._rehearsing: _Rehearsing | None = None
@@ -177,6 +182,7 @@ class EngineLayer(CacheLayerMixin):
         if policy is not None and not policy.ragged:
             self.store = self.store.rectangular()
         self.policy, self.pages = policy, pages_of(policy, self.index)
+        self.leader, self.leads = None, False
         self.store.replace_side(kept_beside(policy))
         self.undecided = True
 
@@ -197,13 +203,14 @@ class EngineLayer(CacheLayerMixin):
             self.pages.add(store, query.shape[2])
             may, must = asks(policy, self.pages, self.call, store)
             if may:
-                state = read_state(query, self.pages, self.call, self.index, store)
-                source = self.pages.gather(store, policy.select(state)) or store
-                flops, moved = policy.selection_cost(state)
+                chosen, cost = self._select(query)
+                source = self.pages.gather(store, chosen) or store
                 self.selected = source.positions if isinstance(source, Source) else None
                 if must:
                     self._record("select", 0)
-                self._record("score", 0, flops, moved + reads_beside(source, self.attention.num_kv_heads))
+                flops, moved = cost[0], cost[1] + reads_beside(source, self.attention.num_kv_heads)
+                if flops or moved:
+                    self._record("score", 0, flops, moved)
                 return query, source
         if policy.by_slot and self.call.phase != "prefill":
             turned = placed(query, store, self.rotation)
@@ -211,6 +218,16 @@ class EngineLayer(CacheLayerMixin):
                 self._record("place", 0, 0, 2 * store.keys.nbytes)
                 return turned
         return query, store
+
+    def _select(self, query: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The pages to read, and the FLOPs and bytes of choosing them: none if another layer has."""
+        if self.leader in self.call.read:
+            return self.call.read[self.leader], (0, 0)
+        state = read_state(query, self.pages, self.call, self.index, self.store)
+        chosen = self.policy.select(state)
+        if self.leads:
+            self.call.read[self.index] = chosen
+        return chosen, self.policy.selection_cost(state)
 
     def _output(
         self, query: torch.Tensor, source: RectangularStore | RaggedStore | Source, scaling: float, options: dict
@@ -361,11 +378,15 @@ class EngineLayer(CacheLayerMixin):
         """
         self._record("due", 0)
         state = self._state(query, foresight)
-        flops, moved = self.policy.scoring_cost(state)
+        keep = self.call.kept.get(self.leader)
+        flops, moved = self.policy.scoring_cost(state) if keep is None else (0, 0)
         if flops or moved:
             self._record("score", 0, flops, moved)
         num_absent = self._record_absent()
-        keep = (self._keep_and_thin(state) if self._thins() else self.policy.keep(state)) & state.occupied
+        if keep is None:
+            keep = (self._keep_and_thin(state) if self._thins() else self.policy.keep(state)) & state.occupied
+        if self.leads:
+            self.call.kept[self.index] = keep
         dropped = torch.where(keep, -1, state.positions)
         num_dropped = int((dropped >= 0).sum())
         into = self._merge(state, keep) if num_dropped and self.policy.merges else None
@@ -437,6 +458,7 @@ def engine_cache(model: nn.Module, anatomy: Anatomy, policy: CachePolicy | None,
     """A cache for a model, with the policy on the layers it may act on. Raises UserError if they lack what it needs."""
     acting = acting_layers(anatomy)
     layers = [EngineLayer(index, anatomy, policy if index in acting else None, call) for index in range(anatomy.num_layers)]
+    appoint(leaders([layers[index] for index in acting], policy))
     _give_rotations(model, layers, policy)
     return Cache(layers=layers)
 
@@ -465,6 +487,8 @@ def allocate(anatomy: Anatomy, policy: CachePolicy | None, prompt_lengths: list[
 def swap_policy(model: nn.Module, cache: Cache, policy: CachePolicy | None) -> None:
     """Puts another policy in charge of every layer that has no sliding window. Raises UserError if they lack what it needs."""
     _give_rotations(model, cache.layers, policy)
-    for layer in cache.layers:
-        if isinstance(layer, EngineLayer) and layer.attention.window is None:
-            layer.swap(policy)
+    acting = [layer for layer in cache.layers if isinstance(layer, EngineLayer) and layer.attention.window is None]
+    following = leaders(acting, policy)
+    for layer in acting:
+        layer.swap(policy)
+    appoint(following)

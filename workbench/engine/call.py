@@ -74,6 +74,10 @@ class Call:
     """What layers have reported in this call, until the last one has."""
     waiting: list[Waiting] = field(default_factory=list)
     """Layers that leave the decision on this call until all layers have run."""
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    """What layers that choose for others have kept in this call: `[B, H, N]` bool, by layer."""
+    read: dict[int, torch.Tensor] = field(default_factory=dict)
+    """The pages they have chosen to read: `[B, S, P]` bool, by layer."""
     importance: str = "off"
     masses: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
     """Layer, attention mass by position `[B, Hq, seen]` and observed queries, until the session writes them."""

@@ -203,6 +203,13 @@ class CachePolicy(Protocol):
         """FLOPs and bytes one call of `observe` adds."""
         ...
 
+    def leader(self, number: int, count: int) -> int | None:
+        """Which of the `count` layers it acts on chooses for the `number`-th of them, too; None if that one does itself.
+
+        Such a layer keeps and reads what its leader, which comes before it, keeps and reads in the same call.
+        """
+        ...
+
     def keep(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]` bool: the tokens that stay."""
         ...

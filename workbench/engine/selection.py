@@ -44,6 +44,9 @@ class Pages:
     def __init__(self, sizes: tuple[int, ...]):
         self.sizes = sizes
         """Tokens a page, the largest first; a method selects pages of the last size."""
+        self.bounded = True
+        """Whether there are bounds: pages that another layer chooses need none."""
+        self._begun = False
         self._bounds: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._empty = torch.zeros(0)
         """`[B, H]` empty slots before the first token of each head."""
@@ -56,7 +59,7 @@ class Pages:
 
     def add(self, store: RectangularStore, num_new: int) -> None:
         """Takes in the last `num_new` tokens of a store."""
-        if not self._bounds:
+        if not self._begun:
             return self.rebuild(store)
         self._widen(store, store.length - num_new)
 
@@ -65,7 +68,7 @@ class Pages:
         store.sort()
         self._empty = (store.positions < 0).sum(-1)
         self._least_empty = int(self._empty.min())
-        self._bounds = []
+        self._bounds, self._begun = [], True
         self._widen(store, 0)
 
     def levels(self, length: int) -> tuple[PageLevel, ...]:
@@ -112,6 +115,8 @@ class Pages:
 
     def _widen(self, store: RectangularStore, start: int) -> None:
         """Lets the tokens from slot `start` on widen the bounds of the pages they lie in."""
+        if not self.bounded:
+            return
         keys = store.keys[:, :, start:]
         ranks = torch.arange(start, store.length, device=keys.device) - self._empty[..., None]
         padding = (ranks < 0)[..., None]

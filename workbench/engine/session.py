@@ -313,7 +313,7 @@ class Session:
         call, device = self._call, self._device
         call.step += 1
         call.phase, call.positions, call.seen, call.has_padding = phase, positions, seen, has_padding
-        call.thinned = None
+        call.thinned, call.kept, call.read = None, {}, {}
         try:
             with self._attached():
                 if self._spans:

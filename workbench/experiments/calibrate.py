@@ -54,7 +54,7 @@ def calibrate(
     """
     chosen = parse_method(method) if isinstance(method, str) else method
     model = fingerprint(lm)
-    if not chosen.needs_calibration:
+    if chosen.calibrated_by is None:
         needing = ", ".join(map(_title, _to_calibrate()))
         raise UserError(f"{chosen.label!r} needs no calibration; those that do are {needing}.")
     if model is None:

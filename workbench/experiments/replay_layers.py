@@ -14,6 +14,7 @@ import torch
 
 from workbench.engine.cache import EngineLayer, acting_layers, allocate
 from workbench.engine.call import Call
+from workbench.engine.leading import appoint, leaders
 from workbench.engine.policy import MASS, CachePolicy
 from workbench.engine.selection import Source
 from workbench.engine.stores.ragged import RaggedStore
@@ -58,27 +59,36 @@ def rotation(tensors: LayerTensors) -> Rotation | None:
     return Rotation(torch.tensor(tensors.frequencies, device=tensors.keys.device), tensors.interleaved)
 
 
+def is_tied(recording: Recording, policy: CachePolicy) -> bool:
+    """Whether what one layer does follows from others: they divide a budget, or one chooses for another."""
+    count = len(acting_layers(recording.trace.anatomy))
+    return policy.joint is not None or any(policy.leader(number, count) is not None for number in range(count))
+
+
 def check_complete(recording: Recording, policy: CachePolicy) -> None:
-    """Raises UserError for a joint policy if a layer that takes part was not recorded."""
+    """Raises UserError for a policy that ties layers if one that takes part was not recorded."""
     missing = set(acting_layers(recording.trace.anatomy)) - {layer.layer for layer in recording.layers}
-    if policy.joint is not None and missing:
+    if missing and is_tied(recording, policy):
+        does = "divides its budget among all layers" if policy.joint is not None else "lets layers choose for others"
         raise UserError(
-            f"{policy.name!r} divides its budget among all layers, and layers {sorted(missing)} were not recorded; "
-            "record them all with wb.record(lm, prompt)."
+            f"{policy.name!r} {does}, and layers {sorted(missing)} were not recorded; record them all with "
+            "wb.record(lm, prompt)."
         )
 
 
 def follow(recording: Recording, policy: CachePolicy, chosen: Sequence[LayerTensors]) -> dict[int, Followed]:
-    """What a policy does with the chosen layers: all of the recording if it is joint."""
+    """What a policy does with the chosen layers: all of the recording if it ties them."""
     anatomy, prompt, steps = recording.trace.anatomy, recording.prompt_tokens, recording.steps
     call = Call(TraceWriter({}), capacity=allocate(anatomy, policy, [prompt]), prompt_tokens=[prompt], divided_at=[prompt])
     layers = [EngineLayer(tensors.layer, anatomy, policy, call) for tensors in chosen]
     seen = [_Seen(tensors, recording, policy) for tensors in chosen]
+    appoint(leaders(layers, policy))
     for layer, tensors in zip(layers, chosen, strict=True):
         layer.rotation = rotation(tensors)
     for step in range(1 + (steps if "decode" in policy.acts or _changes_attention(policy) else 0)):
         start, stop = (0, prompt) if step == 0 else (prompt + step - 1, prompt + step)
         call.step, call.phase, call.seen = step, "decode" if step else "prefill", [stop]
+        call.kept, call.read = {}, {}
         call.positions = torch.arange(start, stop, dtype=torch.int32, device=chosen[0].keys.device)[None]
         for layer, each in zip(layers, seen, strict=True):
             _feed(layer, each, start, stop)

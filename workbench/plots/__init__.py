@@ -3,6 +3,7 @@
 from workbench.plots.attention_map import attention_map
 from workbench.plots.cache_map import cache_map
 from workbench.plots.components import components
+from workbench.plots.cross_over import cross_over
 from workbench.plots.expert_load import expert_load
 from workbench.plots.held_map import held_map
 from workbench.plots.importance_map import importance_map
@@ -10,6 +11,7 @@ from workbench.plots.kv_bytes import kv_bytes
 from workbench.plots.live_curve import live_curve
 from workbench.plots.pareto import pareto
 from workbench.plots.png import png
+from workbench.plots.predicted_time import predicted_time
 from workbench.plots.replay_curves import replay_curves
 from workbench.plots.replay_map import replay_map
 from workbench.plots.replay_steps import replay_steps
@@ -22,6 +24,7 @@ __all__ = [
     "attention_map",
     "cache_map",
     "components",
+    "cross_over",
     "dark",
     "expert_load",
     "held_map",
@@ -30,6 +33,7 @@ __all__ = [
     "live_curve",
     "pareto",
     "png",
+    "predicted_time",
     "replay_curves",
     "replay_map",
     "replay_steps",

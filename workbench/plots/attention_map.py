@@ -30,4 +30,4 @@ def attention_map(snapshot: Snapshot) -> go.Figure:
         mark=MASS_MARK,
         logarithm=True,
         missing="No attention was observed yet; importance='decode' records it from the first decoded token on.",
-    ).update_layout(uirevision=snapshot.name)
+    ).update_layout(uirevision="live")

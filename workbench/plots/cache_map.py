@@ -16,11 +16,14 @@ def kept_share(trace: Trace, row: int = 0) -> np.ndarray:
     anatomy = trace.anatomy
     tokens = trace.table("tokens")
     length = int(tokens.loc[tokens["row"] == row, "position"].max()) + 1
-    share = np.ones((anatomy.num_layers, length))
     evictions = trace.table("evictions")
-    gone = evictions[evictions["row"] == row].drop_duplicates(["layer", "head", "position"])
-    for (layer, position), count in gone.groupby(["layer", "position"]).size().items():
-        share[layer, position] -= count / anatomy.layers[layer].attention.num_kv_heads
+    gone = evictions[(evictions["row"] == row) & (evictions["position"] < length)].drop_duplicates(
+        ["layer", "head", "position"]
+    )
+    heads = np.array([layer.attention.num_kv_heads for layer in anatomy.layers])[gone["layer"]]
+    share = np.ones((anatomy.num_layers, length))
+    np.subtract.at(share, (gone["layer"], gone["position"]), np.where(gone["head"] < 0, 1.0, 1 / heads))
+    share = share.clip(0.0)
     for layer in anatomy.layers:
         if layer.attention.window is not None:
             share[layer.index, : max(0, length - layer.attention.window + 1)] = 0.0

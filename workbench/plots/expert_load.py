@@ -57,7 +57,7 @@ def expert_load(of: Snapshot | Trace) -> go.Figure:
         )
     else:
         note(figure, "No token was routed yet.")
-    title = f"Expert load: {plain(setup)}<br><sub>even would be {1 / counts.shape[1]:.1%} each</sub>"
+    title = f"Expert load: {plain(setup)}<br><sub>an even load is {1 / counts.shape[1]:.1%} each</sub>"
     style(figure, title, "expert", "layer", height=150 + 34 * min(len(layers), 20))
     figure.update_yaxes(autorange="reversed", tickvals=list(range(len(layers))), ticktext=list(map(str, layers)))
-    return figure.update_layout(uirevision=of.name if isinstance(of, Snapshot) else None)
+    return figure.update_layout(uirevision="live" if isinstance(of, Snapshot) else None)

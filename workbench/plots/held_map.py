@@ -20,4 +20,4 @@ def held_map(snapshot: Snapshot) -> go.Figure:
         title=f"Tokens held now: {plain(snapshot.setup)}",
         value="held by VALUE:.0%} of kv heads",
         heatmap=HELD_HEATMAP,
-    ).update_layout(uirevision=snapshot.name)
+    ).update_layout(uirevision="live")

@@ -29,7 +29,7 @@ def kv_bytes(traces: Trace | Mapping[str, Trace]) -> go.Figure:
                 mode="lines+markers",
                 marker={"size": 7, "symbol": method_symbol(method_of(label))},
                 name=plain(method_of(label)),
-                legendgroup=method_of(label),
+                legendgroup=plain(method_of(label)),
                 showlegend=kind == "physical" and method_of(label) not in shown,
                 line={"color": colours[label], "dash": dash, "width": width},
                 hovertemplate=f"{plain(label)}, {kind}<br>step %{{x}}<br>%{{y:,}} bytes<extra></extra>",

@@ -11,7 +11,6 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.errors import UserError
-from workbench.plots.look import LIGHT
 from workbench.plots.text import plain
 from workbench.plots.theme import MARK, method_colours, method_of, method_symbol, note, style
 from workbench.trace.snapshot import Snapshot
@@ -19,6 +18,8 @@ from workbench.trace.snapshot import Snapshot
 MAX_POINTS = 600
 """Longer lines are thinned evenly to about so many points; the first, the last and those at a swap stay."""
 _DASHES = ("solid", "dash", "dashdot", "longdash", "longdashdot")
+_ROW, _ROWS = 14, 4
+"""Pixels between labels of swaps, and how many rows of them there are at most."""
 _MARKERS = 12
 """Points of a line that carry its method's symbol, about."""
 
@@ -83,12 +84,12 @@ def live_curve(snapshots: Mapping[str, Snapshot], column: str = "kv_physical_byt
         if any(len(each.history) for each in snapshots.values()):
             why = "No dense run follows." if column in ("kl_to_dense", "agrees") else "No token was decoded yet."
         note(figure, why)
-    _mark_swaps(figure, snapshots)
     title = quantity.title + (f"<br><sub>{_DECODE}</sub>" if quantity.of_decode else "")
     style(figure, title, "forward call", quantity.axis)
     figure.update_yaxes(rangemode="tozero" if quantity.of_decode or quantity is _KV else "normal", exponentformat="SI")
     if quantity.running:
         figure.update_yaxes(tickformat=".0%", range=[0, 1.03])
+    _mark_swaps(figure, snapshots)
     return figure.update_layout(uirevision=column)
 
 
@@ -137,11 +138,13 @@ def _add_run(figure, name, several, points, kind, line, colours, quantity) -> No
 
 
 def _mark_swaps(figure: go.Figure, snapshots: Mapping[str, Snapshot]) -> None:
+    """A line where a setup took over, and its label above the figure, in rows so that close ones do not meet."""
     last = max((int(each.history["step"].max()) for each in snapshots.values() if len(each.history)), default=0)
     swaps = dict.fromkeys(swap for each in snapshots.values() for swap in each.swaps)
     for number, (step, label) in enumerate(swaps):
         figure.add_vline(x=step, line={"width": 1, "dash": "dot", "color": MARK})
         figure.add_annotation(
-            x=step, y=1 - 0.08 * (number % 4), yref="paper", yanchor="top", showarrow=False, font={"size": 11},
-            xanchor="left" if step < last / 2 else "right", text=plain(label), bgcolor=LIGHT.paper, opacity=0.85,
+            x=step, y=1, yref="paper", yanchor="bottom", yshift=_ROW * (number % _ROWS), text=plain(label),
+            xanchor="left" if step < last / 2 else "right", showarrow=False, font={"size": 11},
         )  # fmt: skip
+    figure.update_layout(margin={"t": figure.layout.margin.t + _ROW * min(len(swaps), _ROWS)})

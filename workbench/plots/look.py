@@ -47,17 +47,17 @@ LIGHT = Look(
     ),
 )
 DARK = Look(
-    paper="#0E1117",
+    paper="#171614",
     ink="#F0F2F6",
-    grid="#2A313C",
+    grid="#34353A",
     mark="#9AA4B2",
     dense="#B8B8B8",
-    low="#1B222D",
+    low="#24272C",
     high="#4FB3FF",
     high_under_text="#1F5F99",
     palette=(
-        *("#117CFF", "#FFA86B", "#E271C7", "#8700FD", "#F17173", "#A10FC8", "#FF1A2D", "#B2FFD9"),
-        *("#FFB2E8", "#DF00FF", "#DA0FC0", "#5E5E88", "#A15043", "#DAA4FF", "#1B736A", "#48FFA0"),
-        *("#B17C9A", "#B8255E", "#6B6914", "#897BDD", "#55A339", "#0EB883", "#F2E35B", "#D9FF00"),
+        *("#2D9BCB", "#B97471", "#D61C4B", "#7749D1", "#FF6440", "#D2A1FF", "#FECFB2", "#3DFF77"),
+        *("#844BAC", "#8E00FF", "#FF57D3", "#606893", "#DD0100", "#DD12FF", "#679098", "#5ACB81"),
+        *("#AA476B", "#FFAAE5", "#397805", "#CD71F8", "#89B255", "#B2FFEA", "#FF9402", "#EAFF15"),
     ),
 )

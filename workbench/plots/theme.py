@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import plotly.graph_objects as go
-import plotly.io as pio
 
 from workbench.plots.look import DARK, LIGHT, Look
 
@@ -22,7 +21,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def colour_bar(title: str, **options: Any) -> dict:
     """A colour bar whose title stands beside it, since above it would cover the numbers of a low figure."""
-    return {"title": {"text": title, "side": "right"}, **options}
+    return {"title": {"text": title, "side": "right", "font": {"size": 12}}, "tickfont": {"size": 12}, **options}
 
 
 HELD_HEATMAP = {
@@ -38,7 +37,14 @@ def style(figure: go.Figure, title: str, x: str, y: str, height: int = 380) -> g
     """Applies the common look and names the axes. Texts must have been made safe by `text.plain`."""
     figure.update_layout(
         template=_template(LIGHT),
-        title={"text": title, "font": {"size": 16}, "x": 0.01},
+        title={
+            "text": title,
+            "font": {"size": 16},
+            "x": 0.01,
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 26 if "<br>" in title else 12},
+        },
         font={"family": "Inter, Helvetica, Arial, sans-serif", "size": 13},
         xaxis_title=x,
         yaxis_title=y,
@@ -86,19 +92,23 @@ _COUNTERPARTS = dict(zip(LIGHT.palette, DARK.palette, strict=True)) | {
 
 
 def _template(look: Look) -> go.layout.Template:
-    """Plotly's white template in other colours."""
-    template = go.layout.Template(pio.templates["plotly_white"])
-    axis = {"gridcolor": look.grid, "linecolor": look.grid, "zerolinecolor": look.grid}
-    template.layout.update(
-        paper_bgcolor=look.paper,
-        plot_bgcolor=look.paper,
-        font={"color": look.ink},
-        colorway=look.palette,
-        xaxis=axis,
-        yaxis=axis,
+    """What figures take from their page. A few hundred bytes, since it travels with each of them."""
+    line = {"gridcolor": look.grid, "linecolor": look.grid, "zerolinecolor": look.grid}
+    axis = {"automargin": True, "zerolinewidth": 1.5, "title": {"standoff": 12}, **line}
+    bar = {"type": "bar", "marker": {"line": {"color": look.paper, "width": 0.5}}}
+    heatmap = {"type": "heatmap", "colorbar": {"outlinewidth": 0, "ticks": "", "thickness": 20}}
+    return go.layout.Template(
+        layout={
+            "paper_bgcolor": look.paper,
+            "plot_bgcolor": look.paper,
+            "font": {"color": look.ink},
+            "colorway": look.palette,
+            "hovermode": "closest",
+            "xaxis": axis,
+            "yaxis": axis,
+        },
+        data={"bar": [bar], "heatmap": [heatmap]},
     )
-    template.data.bar = [{"marker": {"line": {"color": look.paper, "width": 0.5}}}]
-    return template
 
 
 def note(figure: go.Figure, sentence: str) -> None:

@@ -35,6 +35,8 @@ _ALWAYS_THERE = {
 _MOST = {"position": 2**24, "start": 2**24, "length": 2**24, "batch": 2**20, "row": 2**20, "head": 2**14}
 """The most a number may be that decides how large a figure's arrays are."""
 _LARGEST = 2**62
+_LARGEST_MAP = 2**28
+"""Layers times positions: maps hold a number for each."""
 _NONE_IS_MINUS_ONE = {("spans", "layer"), ("evictions", "head"), ("evictions", "into"), ("importance", "head")}
 _SIZES = 2**48
 
@@ -102,6 +104,8 @@ def _check_table(name: str, table: pa.Table, num_layers: int) -> None:
         ends = pc.min_max(column).as_py()
         least = -1 if (name, field.name) in _NONE_IS_MINUS_ONE else -_LARGEST if field.name.endswith("_ns") else 0
         most = num_layers - 1 if field.name == "layer" else _MOST.get(field.name, _LARGEST)
+        if field.name in {"position", "start", "length"}:
+            most = min(most, _LARGEST_MAP // num_layers)
         wrong = [number for number in (ends["min"], ends["max"]) if not least <= number <= most]
         if wrong:
             raise UserError(f"The trace's table {name!r} says {field.name} {wrong[0]}, which cannot be; record it again.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import ipywidgets as w
 from workbench.engine.setup import Method, Setup
 from workbench.errors import UserError
 from workbench.methods.base import METHODS, SLOTS, parse_method
-from workbench.widgets.forms import Form
+from workbench.widgets.forms import WIDE, Form
 
 _NONE = "none"
 
@@ -24,11 +25,11 @@ class Chooser:
     ):
         """`entries` by name; None is an entry without a form. `changed` is called after each change."""
         self.entries = dict(entries)
-        self.name = w.Dropdown(options=list(self.entries), description=title, style={"description_width": "10em"})
-        self.summary = w.Label()
+        self.name = w.Dropdown(options=list(self.entries), description=title, style=WIDE)
+        self.summary = w.HTML()
         self._forms: dict[str, Form] = {}
         self._place = w.VBox()
-        self.widget = w.VBox([w.HBox([self.name, self.summary]), self._place])
+        self.widget = w.VBox([self.name, self.summary, self._place])
         self._changed, self._setting = lambda: None, False
         if name is not None:
             self.name.value = name
@@ -80,7 +81,7 @@ class Chooser:
 
     def _show(self) -> None:
         form = self.form
-        self.summary.value = form.cls.summary() if form is not None else ""
+        self.summary.value = "" if form is None else f"<small>{html.escape(form.cls.summary())}</small>"
         self._place.children = () if form is None else (form.widget,)
 
 

@@ -1,4 +1,4 @@
-"""`wb.widgets.CompareExplorer(comparison)`: quality against cost on axes of one's choice, by method, by turn, and what was kept."""
+"""`wb.widgets.CompareExplorer(comparison)`: quality against cost on chosen axes, by method, by turn, and what was kept."""
 
 from __future__ import annotations
 

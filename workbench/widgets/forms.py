@@ -12,8 +12,8 @@ from traitlets import Any as AnyTrait
 
 from workbench.errors import UserError
 
-_WIDE = {"description_width": "10em"}
-_ROW = {"width": "30em"}
+WIDE = {"description_width": "14em"}
+_ROW = {"width": "34em"}
 _MOST_NOTCHES = 256
 """Whole numbers of a wider range are written, not slid."""
 
@@ -24,8 +24,12 @@ class BudgetControl(w.HBox):
     value = AnyTrait()
 
     def __init__(self, value: float | int, description: str = "budget", tooltip: str = ""):
-        self.share = w.FloatSlider(0.2, min=0.01, max=1.0, step=0.01, description=description, tooltip=tooltip, style=_WIDE)
-        self.tokens = w.BoundedIntText(128, min=1, max=2**31 - 1, description=description, tooltip=tooltip, style=_WIDE)
+        self.share = w.FloatSlider(
+            0.2, min=0.01, max=1.0, step=0.01, description=description, tooltip=tooltip, style=WIDE, layout=_ROW
+        )
+        self.tokens = w.BoundedIntText(
+            128, min=1, max=2**31 - 1, description=description, tooltip=tooltip, style=WIDE, layout=_ROW
+        )
         self.unit = w.Dropdown(options=["fraction", "tokens"], layout={"width": "7em"})
         self._showing = False
         super().__init__([self.share, self.tokens, self.unit], value=value)
@@ -117,7 +121,7 @@ def control_for(cls: type, field: dataclasses.Field) -> Any:
     words: dict[str, Any] = {"description": f"{field.name}{unit}", "tooltip": about.get("help") or field.name}
     if field.name == "budget":
         return BudgetControl(field.default, field.name, words["tooltip"])
-    words |= {"style": _WIDE, "layout": _ROW}
+    words |= {"style": WIDE, "layout": _ROW}
     if about.get("choices"):
         return w.Dropdown(options=list(about["choices"]), value=field.default, **words)
     kind = _kind(cls, field)

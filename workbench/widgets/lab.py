@@ -23,6 +23,7 @@ from workbench.widgets.picture import Picture
 
 PERIOD_S = 0.3
 """Seconds between two looks at the player."""
+LAST = "the last"
 COLUMNS = HISTORY[HISTORY.index("context") :]
 """What can be drawn over the calls of a run."""
 
@@ -59,7 +60,7 @@ class Lab(Door):
         self.setup = SetupChooser(setup)
         self.question = w.Text(placeholder="a further question", layout={"width": "24em"})
         self.column = w.Dropdown(options=list(COLUMNS), value="kv_physical_bytes", description="draw")
-        self.shown = w.Dropdown(options=[("the last", None)], description="of run")
+        self.shown = w.Dropdown(options=[LAST], description="of run")
         self._status, self._texts = w.Label(self._player.status), w.HBox()
         self.curve, self.held, self.attention = Picture(), Picture(), Picture()
         self.experts = Picture() if any(layer.experts is not None for layer in lm.anatomy.layers) else None
@@ -104,11 +105,11 @@ class Lab(Door):
 
     def swap(self, setup: Wished = None, run: str | None = None) -> None:
         """Puts a setup, or the one in the controls, in charge of a run, or of the one shown, from the next token on."""
-        self._player.swap(self._chosen(setup), run or self.shown.value)
+        self._player.swap(self._chosen(setup), self._named(run))
 
     def branch(self, setup: Wished = None, run: str | None = None) -> None:
         """Lets a copy of a run go on beside it under a setup, or under the one in the controls."""
-        self._player.branch(self._chosen(setup), run or self.shown.value)
+        self._player.branch(self._chosen(setup), self._named(run))
 
     def ask(self, text: str | None = None, tokens: int | None = None) -> None:
         """Appends a further turn to every run, or what stands in the field, and goes on."""
@@ -141,8 +142,10 @@ class Lab(Door):
             if (snapshots is self._drawn and not again) or not snapshots or self._closing.is_set():
                 return
             self._drawn = snapshots
-            self.shown.options = [("the last", None), *((name, name) for name in snapshots)]
-            seen = snapshots.get(self.shown.value or "", next(reversed(snapshots.values())))
+            names = (LAST, *snapshots)
+            if self.shown.options != names:
+                self.shown.options = names
+            seen = snapshots.get(self.shown.value, next(reversed(snapshots.values())))
             self._show_texts(snapshots)
             self.curve.draw(plots.live_curve(snapshots, self.column.value))
             self.held.draw(plots.held_map(seen))
@@ -171,6 +174,10 @@ class Lab(Door):
         if setup is not None:
             self.setup.set(as_setup(setup))
         return self.setup.value
+
+    def _named(self, run: str | None) -> str | None:
+        """The run that is meant, or the one shown; None for the last."""
+        return run or (None if self.shown.value == LAST else self.shown.value)
 
     def _count(self, tokens: int | None) -> int:
         return self.tokens.value if tokens is None else tokens

@@ -109,7 +109,7 @@ class ReplayExplorer(Door):
         """Shows another method, budget, knob, layer (`"all"`) or step; what is not given stays.
 
         Raises:
-            UserError: for what cannot be chosen, and with the reason for a method that cannot be replayed; nothing changes then.
+            UserError: for what cannot be chosen, and why a method cannot be replayed; nothing changes then.
         """
         for control, value in ((self.layer, layer), (self.column, column)):
             if value is not None and value not in control.options:

@@ -48,7 +48,7 @@ class TraceExplorer(Door):
         layers = [layer.index for layer in trace.anatomy.layers]
         self.view = w.Dropdown(options=list(VIEWS), description="view")
         self.phase = w.Dropdown(options=[ALL, *present], description="phase")
-        self.steps = w.IntRangeSlider((first, last), min=first, max=last, description="steps", continuous_update=False)
+        self.steps = w.IntRangeSlider(value=(first, last), min=first, max=last, description="steps", continuous_update=False)
         self.layers = w.SelectMultiple(options=layers, value=layers, rows=min(4, len(layers)), description="layers")
         self.query = w.Textarea(_QUESTION, description="SQL", rows=2, layout={"width": "auto"})
         self._ask = w.Button(description="Ask")

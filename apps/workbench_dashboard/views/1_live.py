@@ -16,8 +16,7 @@ from workbench_dashboard.plain import visible
 from workbench_dashboard.prompts import prompt_input
 from workbench_dashboard.zips import zipped
 
-PERIOD_S = 0.3
-"""Seconds between two drawings of a run that goes on."""
+PERIOD_S = 0.4  # between two drawings of a run that goes on
 
 
 @dataclass
@@ -75,7 +74,7 @@ def view(player: Player, lm: wb.LM | None, chosen: list[str], was_busy: bool) ->
     st.text(visible(f"{player.status.capitalize()}.{others}"))
     if player.error is not None:
         show_error(player.error)
-    live_view.draw(player.snapshots, chosen)
+    live_view.draw(player.snapshots, chosen, player.busy)
 
 
 def downloads(player: Player) -> None:

@@ -18,7 +18,7 @@ from workbench_dashboard.forms import budgets_input, dataclass_inputs
 from workbench_dashboard.models import choose_model
 from workbench_dashboard.plain import as_markdown
 
-PERIOD_S = 0.5
+PERIOD_S = 0.5  # between two drawings of the progress
 
 
 def job_inputs() -> Job:

@@ -92,6 +92,10 @@ class CacheMethod(Method):
         """FLOPs (of matrix products) and bytes one call of `observe` adds."""
         raise TypeError(f"{type(self).__name__} must say what observing costs: define observation_cost(state).")
 
+    def leader(self, number: int, count: int) -> int | None:
+        """Which layer chooses for the `number`-th of `count`: here each for itself."""
+        return None
+
     def keep(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]` bool: the tokens that stay, at most `state.capacity[b]` in each row and head (if ragged, on average)."""
         raise TypeError(f"{type(self).__name__} must say what it keeps: define keep(state).")

@@ -31,3 +31,6 @@ class Dense(Method):
 
     def allocate(self, prompt_tokens: int, num_layers: int) -> None:
         """No bound in any layer."""
+
+    def leader(self, number: int, count: int) -> None:
+        """Each layer for itself."""

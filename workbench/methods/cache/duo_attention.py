@@ -10,6 +10,7 @@ import torch
 from workbench.engine.calibration import Samples
 from workbench.engine.gates import train
 from workbench.engine.policy import QUERIES, ROTATION, LayerState
+from workbench.errors import UserError
 from workbench.methods.base import Budget, budget_knob, knob, register
 from workbench.methods.cache.base import EVERY_STEP, PREFILL_ONLY, CacheMethod, keep_top, reduce_heads
 from workbench.methods.cache.budgets import by_gates, streaming, whole
@@ -68,6 +69,10 @@ class DuoAttention(CacheMethod):
 
     def calibrate(self, samples: Samples) -> dict[str, torch.Tensor]:
         """`gates` `[L, H]`: trained ones, or the reach of each kv head, a text on average."""
+        if self.gates == "prompt":
+            raise UserError(
+                f"{self.label!r} goes by the prompt and needs no calibration; choose gates=trained or gates=calibrated."
+            )
         if self.gates == "trained":
             return {"gates": train(samples.lm, samples.documents, samples.advance)}
         reaches = [torch.cat([_reach(state).cpu() for state in sample.layers]) for sample in samples]

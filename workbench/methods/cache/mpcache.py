@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from workbench.engine.policy import QUERIES, LayerState, PageLevel, ReadState
+from workbench.errors import UserError
 from workbench.methods.base import Budget, knob, read_budget_knob, register, resolve_budget
 from workbench.methods.cache.base import CacheMethod, keep_top
 from workbench_kernels.column_mass import column_mass, column_mass_flops
@@ -15,6 +16,8 @@ from workbench_kernels.column_mass import column_mass, column_mass_flops
 _COARSE, _FINE = 32, 16
 _BLOCK = 32
 """Queries whose attention without a mask is held at once."""
+_FEWEST_LAYERS = 6
+"""With fewer no odd layer but the outer ones is left."""
 
 
 @register
@@ -34,7 +37,9 @@ class MPCache(CacheMethod):
         "static='topk' scores by attention as the model computes it, summed over the last fifth of the prompt's queries; "
         "static='code' drops what none of them gives theta without mask and scaling, and keeps within the budget all the same.",
         "Query heads of a group read the same clusters (mean of their similarities); what is dropped is the same in all heads.",
-        "Every layer chooses for itself: the earlier code's sharing between neighbouring layers is left out.",
+        "share_layers=True is the sharing between neighbouring layers of the paper's earlier code; it is off, as in the "
+        "present one. Layers with a sliding window do not count, and a layer that an earlier method left with other tokens "
+        "than its neighbour chooses for itself.",
         "What is dropped is really freed; the paper's code masks it.",
     )
 
@@ -46,6 +51,9 @@ class MPCache(CacheMethod):
     ratio1: float = knob(0.5, low=0.0, high=1.0, unit="share", help="Clusters of 32 whose halves compete.")
     ratio2: float = knob(0.2, low=0.01, high=1.0, unit="share", help="Tokens kept that a step reads.")
     alpha: float = knob(0.6, low=0.0, high=1.0, help="Weight of a cluster's maximum; its minimum has the rest.")
+    share_layers: bool = knob(
+        False, help="Whether odd layers, but for the outer ones, keep and read what the layer before does."
+    )
 
     def page_sizes(self, layer: int) -> tuple[int, ...]:
         """Clusters of 32, and of 16."""
@@ -54,6 +62,17 @@ class MPCache(CacheMethod):
     def capacity(self, prompt_tokens: int) -> int:
         """Tokens each kv head keeps of a prompt."""
         return max(1, min(prompt_tokens, round(resolve_budget(self.budget, prompt_tokens) / self.ratio2)))
+
+    def leader(self, number: int, count: int) -> int | None:
+        """If layers share, the one before for odd layers from the third on; the last two choose for themselves."""
+        if not self.share_layers:
+            return None
+        if count < _FEWEST_LAYERS:
+            raise UserError(
+                f"Layers share choices where {_FEWEST_LAYERS} or more have no sliding window, and this model has {count}; use "
+                f"{self.name} with share_layers=false."
+            )
+        return number - 1 if number % 2 and 2 < number < count - 2 else None
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """The tokens of highest score, the same in all heads; of those, under `static=code`, the ones that reach theta."""

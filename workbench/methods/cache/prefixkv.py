@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class PrefixKV(CacheMethod):
     needs: ClassVar[frozenset[str]] = frozenset({MASS})
     acts: ClassVar[frozenset[str]] = EVERY_STEP
     observes: ClassVar[frozenset[str]] = PREFILL_ONLY
-    calibrated_by: ClassVar[tuple[str, ...]] = ("sinks",)
+    calibrated_by: ClassVar[tuple[str, ...]] = ("ratios", "sinks")
     deviations: ClassVar[tuple[str, ...]] = (
         "The budget is the share kept; the paper's code is given the share dropped.",
         "Ratios are solved for each prompt at its end. The paper's default is ratios='calibrated': a layer's mean over a few "
@@ -56,6 +56,11 @@ class PrefixKV(CacheMethod):
     def needs_calibration(self) -> bool:
         """Only if its ratios are to be calibrated ones."""
         return self.ratios == "calibrated"
+
+    @classmethod
+    def to_calibrate(cls) -> tuple[Self, ...]:
+        """The way that goes by a calibration."""
+        return (cls(ratios="calibrated"),)
 
     @property
     def joint(self) -> str | None:
