@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import time
-import zipfile
 
 import pytest
 
@@ -12,7 +10,6 @@ pytest.importorskip("streamlit", reason="needs the extra `dashboard`")
 from streamlit.testing.v1 import AppTest
 
 import workbench as wb
-from workbench_dashboard import zips
 from workbench_dashboard.forms import NONE
 from workbench_dashboard.launch import APP
 
@@ -122,12 +119,3 @@ def test_a_link_selects_the_method():
     assert page.run().selectbox(key="live.cache").value == "h2o"
     page.query_params["method"] = "<script>"
     assert AppTest.from_file(str(APP), default_timeout=120).run().selectbox(key="live.cache").value in {"dense", NONE}
-
-
-def test_a_trace_travels_as_a_zip(tmp_path):
-    session = wb.Session(wb.load("tiny-dense"))
-    session.prefill("The statement is executed")
-    session.generate(2)
-    packed = zips.zipped(session.trace)
-    zipfile.ZipFile(io.BytesIO(packed)).extractall(tmp_path)
-    assert wb.Trace.load(tmp_path / "run.trace").flops() == session.trace.flops()

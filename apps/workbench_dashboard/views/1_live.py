@@ -8,13 +8,13 @@ import streamlit as st
 
 import workbench as wb
 from workbench.live import Player, line_of
+from workbench.trace.archive import zip_of
 from workbench_dashboard import live_view, visitor
 from workbench_dashboard.errors import errors_shown, show_error
 from workbench_dashboard.forms import setup_inputs
 from workbench_dashboard.models import choose_model
 from workbench_dashboard.plain import visible
 from workbench_dashboard.prompts import prompt_input
-from workbench_dashboard.zips import zipped
 
 
 @dataclass
@@ -79,7 +79,7 @@ def downloads(player: Player) -> None:
     for name in player.snapshots if not player.busy else ():
         st.download_button(
             f"Download the trace of {name}",
-            lambda name=name: zipped(player.trace(name)),
+            lambda name=name: zip_of(player.trace(name)),
             file_name=f"{name.replace(' ', '-')}.trace.zip",
             mime="application/zip",
             key=f"live.download.{name}",
