@@ -113,8 +113,8 @@ def _numbers(seen: Snapshot) -> None:
         "Tokens": str(len(decoded)),
         "FLOPs a token": _of(token, "flops", lambda value: f"{value:.3g}"),
         "Bytes a token": _of(token, "moved_bytes", human_bytes),
-        "Entropy": _of(token, "entropy", lambda value: f"{value:.2f} nats"),
-        "KL to dense": _of(token, "kl_to_dense", lambda value: f"{value:.2g} nats"),
+        "Entropy (nats)": _of(token, "entropy", lambda value: f"{value:.2f}"),
+        "KL (nats)": _of(token, "kl_to_dense", lambda value: f"{value:.2g}"),
         "Agreement": _NONE if agrees is None else f"{agrees:.0%}",
     }
     for place, (label, value) in zip(st.columns(len(shown)), shown.items(), strict=True):

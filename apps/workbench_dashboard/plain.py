@@ -10,7 +10,9 @@ _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "
 _MARKS = re.compile(r"[\\`*_\[\]<>$~&:#|!]|^[-+=]|(?<=^\d)[.)]")
 """What markdown gives a meaning to, in a line or at the start of one."""
 
-_SHORTCODE = re.compile(r"\\:(?=[\w\\+/-]+\\:)")
+_REPLACED = re.compile(r"\\:(?=//|[\w\\+/-]+\\:)|www(?=\.)|@")
+"""Beginnings of emoji and icon codes, addresses and e-mail addresses, which are looked for after escapes are resolved."""
+
 _JOINER = "\u2060"
 
 
@@ -22,8 +24,7 @@ def visible(text: str) -> str:
 def as_markdown(text: str) -> str:
     """Markdown that shows exactly this text in one line, for places that know nothing else, such as `st.error` and labels.
 
-    What has a meaning is escaped (CommonMark 2.4). Emoji and icon codes (`:name:`) are replaced after escapes are resolved,
-    so an invisible joiner parts them.
+    What has a meaning is escaped (CommonMark 2.4); an invisible joiner parts what would be replaced all the same.
     """
     escaped = _MARKS.sub(r"\\\g<0>", " ".join(visible(text).split()))
-    return _SHORTCODE.sub(rf"\\:{_JOINER}", escaped)
+    return _REPLACED.sub(rf"\g<0>{_JOINER}", escaped)
