@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 
 import workbench as wb
+from workbench.cost.crossover import crossover
+from workbench.experiments.planned import planned
 from workbench.live import LiveRun
 from workbench.plots.text import LONGEST_LABEL, LONGEST_TOKEN, plain, quoted
 from workbench.trace.trace import Trace
@@ -69,6 +71,8 @@ def figures(tiny):
     check = dataclasses.replace(check, points=tuple(dataclasses.replace(each, setup=HOSTILE) for each in check.points))
     points = tuple(dataclasses.replace(point, method=HOSTILE, setup=HOSTILE) for point in replay.points)
     replay = dataclasses.replace(replay, about={**replay.about, "model": HOSTILE}, points=points)
+    found = crossover(tiny.anatomy, "h100-sxm", {"h2o:budget=0.5": planned("h2o:budget=0.5")}, contexts=[64, 128], new_tokens=2)
+    found = dataclasses.replace(found, about={**found.about, "model": HOSTILE, "hardware": HOSTILE})
     prediction = wb.predict(tiny.anatomy, "h100-sxm", dtype="bf16", context=64)
     sheet = dataclasses.replace(prediction.hardware, name=HOSTILE, label=HOSTILE)
     prediction = dataclasses.replace(prediction, model=HOSTILE, hardware=sheet)
@@ -77,12 +81,14 @@ def figures(tiny):
         "attention_map": p.attention_map(snapshot),
         "cache_map": p.cache_map(trace),
         "components": p.components(trace),
+        "cross_over": p.cross_over(found),
         "expert_load": p.expert_load(snapshot),
         "held_map": p.held_map(snapshot),
         "importance_map": p.importance_map(trace),
         "kv_bytes": p.kv_bytes({HOSTILE: trace}),
         "live_curve": p.live_curve({HOSTILE: snapshot, "other": snapshot}),
         "pareto": p.pareto(comparison),
+        "predicted_time": p.predicted_time(prediction),
         "replay_curves": p.replay_curves(replay, check),
         "replay_map": p.replay_map(replay, HOSTILE, 0.5, 1, texts=[HOSTILE] * 99),
         "replay_steps": p.replay_steps(replay, HOSTILE, 0.5),
