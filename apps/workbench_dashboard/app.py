@@ -14,12 +14,12 @@ from workbench_dashboard.errors import errors_shown
 
 VIEWS = Path(__file__).parent / "views"
 
+# Room for figures; and what is about to be drawn anew does not fade first, since it is several times a second.
 STYLE = """
 .stMainBlockContainer { padding-top: 2.5rem }
 [data-testid="stMetricValue"] { font-size: 1.35rem }
 [data-stale="true"] { opacity: 1 !important }
 """
-"""Room for figures; and what is about to be drawn anew does not fade first, since it is several times a second."""
 
 
 def title(view: Path) -> str:

@@ -14,6 +14,8 @@ import plotly.graph_objects as go
 import streamlit as st
 from streamlit.components.v1 import declare_component
 
+from workbench.plots.theme import dark
+
 _NAME = "plotly"
 _SCRIPT = f"/component/{__name__}.{_NAME}/plotly.min.js"
 
@@ -54,6 +56,8 @@ def _serve_plotly() -> None:
 
 
 def show(figure: go.Figure, key: str, height: int | None = None) -> None:
-    """Draws a figure, or turns the one that has this key into it. `height` is in pixels; None is the figure's own."""
+    """Draws a figure, or turns the one that has this key into it; on a dark page it is dark. `height` is in pixels."""
+    if st.context.theme.type == "dark":
+        figure = dark(figure)
     _serve_plotly()
     _COMPONENT(key=key, data={"figure": figure.to_json(), "height": height or figure.layout.height})
