@@ -14,6 +14,13 @@ from workbench_dashboard.errors import errors_shown
 
 VIEWS = Path(__file__).parent / "views"
 
+# Room for figures; and what is about to be drawn anew does not fade first, since it is several times a second.
+STYLE = """
+.stMainBlockContainer { padding-top: 2.5rem }
+[data-testid="stMetricValue"] { font-size: 1.35rem }
+[data-stale="true"] { opacity: 1 !important }
+"""
+
 
 def title(view: Path) -> str:
     """`What if` of `5_what_if.py`."""
@@ -23,7 +30,7 @@ def title(view: Path) -> str:
 st.set_page_config(page_title="Workbench", layout="wide")
 views = sorted(VIEWS.glob("[0-9]*_*.py"), key=lambda view: int(view.stem.partition("_")[0]))
 chosen = st.navigation([st.Page(view, title=title(view)) for view in views])
-st.html("<style>.stMainBlockContainer { padding-top: 2.5rem }</style>")
+st.html(f"<style>{STYLE}</style>")
 st.title(chosen.title, anchor=False)
 with errors_shown():
     chosen.run()

@@ -6,6 +6,7 @@ figure that did not change is left alone.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import plotly
@@ -13,10 +14,10 @@ import plotly.graph_objects as go
 import streamlit as st
 from streamlit.components.v1 import declare_component
 
-_SERVED = declare_component("plotly", path=str(Path(plotly.__file__).parent / "package_data"))
-"""Not shown: it serves Plotly's own script to the browser."""
+from workbench.plots.theme import dark
 
-_SCRIPT = f"/component/{_SERVED.name}/plotly.min.js"
+_NAME = "plotly"
+_SCRIPT = f"/component/{__name__}.{_NAME}/plotly.min.js"
 
 _JS = f"""
 function loaded() {{
@@ -48,6 +49,15 @@ _COMPONENT = st.components.v2.component(
 )
 
 
+@functools.cache
+def _serve_plotly() -> None:
+    """Declares a component that is never shown: it serves Plotly's own script. The server must be there to take it."""
+    declare_component(_NAME, path=str(Path(plotly.__file__).parent / "package_data"))
+
+
 def show(figure: go.Figure, key: str, height: int | None = None) -> None:
-    """Draws a figure, or turns the one that has this key into it. `height` is in pixels; None is the figure's own."""
+    """Draws a figure, or turns the one that has this key into it; on a dark page it is dark. `height` is in pixels."""
+    if st.context.theme.type == "dark":
+        figure = dark(figure)
+    _serve_plotly()
     _COMPONENT(key=key, data={"figure": figure.to_json(), "height": height or figure.layout.height})

@@ -18,7 +18,7 @@ T = TypeVar("T")
 NONE = "none"
 """What a slot says that no method fills."""
 
-_OF_PROMPT, _IN_TOKENS = "share of the prompt", "tokens"
+_OF_PROMPT, _IN_TOKENS = "share", "tokens"
 
 
 def dataclass_inputs(cls: type[T], key: str, leave_out: Iterable[str] = ()) -> T:

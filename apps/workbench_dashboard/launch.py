@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from workbench.errors import UserError
-from workbench.plots.theme import SHARE_SCALE
+from workbench.plots.look import LIGHT
 
 APP = Path(__file__).parent / "app.py"
 UPLOAD_MB = 200
@@ -19,9 +19,10 @@ OPTIONS = {
     "server.maxUploadSize": str(UPLOAD_MB),
     "server.fileWatcherType": "none",  # it would look into every module of torch and transformers
     "runner.magicEnabled": "false",  # it would show every string that stands alone
+    "runner.postScriptGC": "false",  # after each run of a fragment it would go through every object of torch, holding the GIL
     "client.showErrorDetails": "type",
     "client.toolbarMode": "minimal",
-    "theme.primaryColor": SHARE_SCALE[1][1],
+    "theme.primaryColor": LIGHT.high,
 }
 
 

@@ -50,11 +50,13 @@ def choose_figures() -> list[str]:
 
 def draw(snapshots: Mapping[str, Snapshot], chosen: list[str], goes_on: bool) -> None:
     """Draws all of it. While runs go on, at most a third of the time is spent on making figures."""
+    for name, seen in snapshots.items():
+        st.text(visible(f"{name}: {seen.setup}"))
+        _numbers(seen)
     columns = st.columns(len(snapshots)) if snapshots else []
     for place, (name, seen) in zip(columns, snapshots.items(), strict=True):
-        with place:
-            _numbers(seen)
-            _text(name, seen)
+        with place.container(height=_TEXT_HEIGHT, autoscroll=True, key=f"live.text.{name}"):
+            st.text(visible(seen.new_text) or "…")
     drawn = st.session_state.get(_DRAWN)
     if drawn is None or (drawn.snapshots is not snapshots and not (goes_on and time.monotonic() < drawn.until_s)):
         drawn = st.session_state[_DRAWN] = _Drawn(snapshots)
@@ -98,7 +100,7 @@ def _wanted(snapshots: Mapping[str, Snapshot], chosen: list[str]) -> dict[str, C
 
 
 def _numbers(seen: Snapshot) -> None:
-    """The newest step in big numbers, in two rows."""
+    """The newest step in big numbers."""
     history = seen.history
     decoded = history[history["phase"] == "decode"]
     last = history.iloc[-1]
@@ -108,23 +110,17 @@ def _numbers(seen: Snapshot) -> None:
         "KV held": human_bytes(last["kv_physical_bytes"]),
         "KV by budget": human_bytes(last["kv_nominal_bytes"]),
         "Time a token": _of(token, "duration_ns", lambda value: f"{value / 1e6:.3g} ms"),
-        "Tokens decoded": str(len(decoded)),
+        "Tokens": str(len(decoded)),
         "FLOPs a token": _of(token, "flops", lambda value: f"{value:.3g}"),
         "Bytes a token": _of(token, "moved_bytes", human_bytes),
         "Entropy": _of(token, "entropy", lambda value: f"{value:.2f} nats"),
         "KL to dense": _of(token, "kl_to_dense", lambda value: f"{value:.2g} nats"),
         "Agreement": _NONE if agrees is None else f"{agrees:.0%}",
     }
-    for place, (label, value) in zip(st.columns(5) * 2, shown.items(), strict=False):
+    for place, (label, value) in zip(st.columns(len(shown)), shown.items(), strict=True):
         place.metric(label, value)
 
 
 def _of(row: pd.Series | None, column: str, write: Callable[[float], str]) -> str:
     """A value of a row in words."""
     return _NONE if row is None or pd.isna(row[column]) else write(float(row[column]))
-
-
-def _text(name: str, seen: Snapshot) -> None:
-    st.text(visible(f"{name}: {seen.setup}"))
-    with st.container(height=_TEXT_HEIGHT, autoscroll=True, key=f"live.text.{name}"):
-        st.text(visible(seen.new_text) or "…")

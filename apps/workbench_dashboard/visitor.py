@@ -9,6 +9,8 @@ import streamlit as st
 from workbench.live import Player
 from workbench_dashboard.comparer import Comparer
 
+PERIOD_S = 0.4
+"""Seconds between two drawings of a run that goes on, and between two snapshots of it."""
 UNWATCHED_S = 30.0
 """A run stops when its page has not been drawn for so long."""
 
@@ -24,7 +26,7 @@ def name() -> str:
 @st.cache_resource(scope="session", on_release=Player.close, show_spinner=False)
 def player() -> Player:
     """The player of this session's runs."""
-    return Player(name(), unwatched_s=UNWATCHED_S)
+    return Player(name(), period_s=PERIOD_S, unwatched_s=UNWATCHED_S)
 
 
 @st.cache_resource(scope="session", on_release=Comparer.cancel, show_spinner=False)

@@ -58,7 +58,7 @@ def figures(page: AppTest) -> set[str]:
 def test_a_run_a_swap_a_branch_and_a_question(page):
     assert page.button(key="live.stop").disabled and page.button(key="live.swap").disabled
     played(press(page, "live.run"))
-    assert not page.error and numbers(page)["Tokens decoded"] == ["6"]
+    assert not page.error and numbers(page)["Tokens"] == ["6"]
     assert numbers(page)["Agreement"] == ["100%"] and "nats" in numbers(page)["KL to dense"][0]
     assert {"live.kv_physical_bytes", "live.kl_to_dense", "live.Tokens held.run"} <= figures(page)
     assert not any("Expert" in key for key in figures(page))
@@ -69,14 +69,14 @@ def test_a_run_a_swap_a_branch_and_a_question(page):
     page.number_input(key="live.streaming-llm.budget.tokens").set_value(16).run()
     played(press(page, "live.swap"))
     played(press(page, "live.continue"))
-    assert numbers(page)["Tokens decoded"] == ["12"] and numbers(page)["KV held"] != dense_bytes
+    assert numbers(page)["Tokens"] == ["12"] and numbers(page)["KV held"] != dense_bytes
     assert "run: streaming-llm(budget=16)" in [text.value for text in page.text]
 
     page.selectbox(key="live.cache").set_value("dense").run()
     played(press(page, "live.branch"))
     page.text_input(key="live.question").set_value("And then?")
     played(press(page, "live.ask"))
-    assert numbers(page)["Tokens decoded"] == ["18", "18"]
+    assert numbers(page)["Tokens"] == ["18", "18"]
     assert {"live.Tokens held.run", "live.Tokens held.branch 1"} <= figures(page)
     assert [box.options for box in page.selectbox if box.label == "Run to change"] == [["run", "branch 1"]]
 
@@ -96,7 +96,7 @@ def test_a_hostile_prompt_is_text(page):
     page.text_area(key="live.prompt.text").set_value(HOSTILE).run()
     assert page.code[0].value.endswith(HOSTILE.replace("\x1b", "␛"))
     played(press(page, "live.run"))
-    assert not page.error and not page.markdown and numbers(page)["Tokens decoded"] == ["6"]
+    assert not page.error and not page.markdown and numbers(page)["Tokens"] == ["6"]
 
 
 def test_a_model_that_is_none_is_said_as_it_was_typed(page):

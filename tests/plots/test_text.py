@@ -71,6 +71,8 @@ def figures(tiny):
     check = dataclasses.replace(check, points=tuple(dataclasses.replace(each, setup=HOSTILE) for each in check.points))
     points = tuple(dataclasses.replace(point, method=HOSTILE, setup=HOSTILE) for point in replay.points)
     replay = dataclasses.replace(replay, about={**replay.about, "model": HOSTILE}, points=points)
+    found = crossover(tiny.anatomy, "h100-sxm", {"h2o:budget=0.5": planned("h2o:budget=0.5")}, contexts=[64, 128], new_tokens=2)
+    found = dataclasses.replace(found, about={**found.about, "model": HOSTILE, "hardware": HOSTILE})
     prediction = wb.predict(tiny.anatomy, "h100-sxm", dtype="bf16", context=64)
     sheet = dataclasses.replace(prediction.hardware, name=HOSTILE, label=HOSTILE)
     prediction = dataclasses.replace(prediction, model=HOSTILE, hardware=sheet)

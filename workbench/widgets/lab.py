@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,8 @@ from workbench.widgets.picture import Picture
 
 PERIOD_S = 0.3
 """Seconds between two looks at the player."""
+_REST = 2.0
+"""Drawing and the run share an interpreter: for each second of drawing there are so many without."""
 LAST = "the last"
 COLUMNS = HISTORY[HISTORY.index("context") :]
 """What can be drawn over the calls of a run."""
@@ -154,10 +157,13 @@ class Lab(Door):
                 self.experts.draw(plots.expert_load(seen))
 
     def _keep_drawing(self) -> None:
-        while not self._closing.wait(PERIOD_S):
+        took = 0.0
+        while not self._closing.wait(max(PERIOD_S, _REST * took)):
             self._player.watch()
             try:
+                begun = time.monotonic()
                 self.draw()
+                took = time.monotonic() - begun
             except Exception as error:  # a figure that fails must not end the drawing of the others' next states
                 traceback.print_exc()
                 self.say(f"{type(error).__name__}: {error}")

@@ -33,19 +33,21 @@ export default {
       due = 0;
       const texts = model.get("texts");
       const data = revive(model.get("traces"), texts);
+      const layout = { ...revive(model.get("look"), texts), template: revive(model.get("template"), texts) };
       const options = { displaylogo: false, responsive: true };
-      drawn = drawn.then(() => Plotly.react(place, data, revive(model.get("look"), texts), options));
+      drawn = drawn.then(() => Plotly.react(place, data, layout, options));
     };
     // One drawing a frame, however many traits a message changes; none while the page is hidden.
     const changed = () => (due ||= requestAnimationFrame(draw));
-    for (const name of ["traces", "look", "texts"]) model.on(`change:${name}`, changed);
+    const traits = ["traces", "look", "template", "texts"];
+    for (const name of traits) model.on(`change:${name}`, changed);
     const fitting = new ResizeObserver(() => place.offsetWidth && place.data && Plotly.Plots.resize(place));
     fitting.observe(place);
     changed();
     return () => {
       cancelAnimationFrame(due);
       fitting.disconnect();
-      for (const name of ["traces", "look", "texts"]) model.off(`change:${name}`, changed);
+      for (const name of traits) model.off(`change:${name}`, changed);
       Plotly.purge(place);
     };
   },

@@ -41,6 +41,7 @@ class Picture(anywidget.AnyWidget):
     library = Instance(Widget).tag(sync=True, **widget_serialization)
     traces = List().tag(sync=True)
     look = Dict().tag(sync=True)
+    template = Dict().tag(sync=True)
     texts = List().tag(sync=True)
 
     def __init__(self, figure: go.Figure | None = None):
@@ -56,11 +57,12 @@ class Picture(anywidget.AnyWidget):
 
 
 def _encoded(figure: go.Figure) -> dict[str, Any]:
-    """The figure as the three traits: `{"row": i, "times": n}` in a trace stands for n times the i-th of the texts."""
+    """The figure as its traits, what seldom changes apart: `{"row": i, "times": n}` is n times the i-th of the texts."""
     spec = figure.to_plotly_json()
     texts: list[list] = []
     traces = [{name: _compact(value, texts) for name, value in trace.items()} for trace in spec["data"]]
-    return {"traces": traces, "look": _compact(spec["layout"], texts), "texts": texts}
+    look = _compact(spec["layout"], texts)
+    return {"traces": traces, "template": look.pop("template", {}), "look": look, "texts": texts}
 
 
 def _compact(value: Any, texts: list[list]) -> Any:

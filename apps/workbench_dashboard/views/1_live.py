@@ -16,8 +16,6 @@ from workbench_dashboard.models import choose_model
 from workbench_dashboard.plain import visible
 from workbench_dashboard.prompts import prompt_input
 
-PERIOD_S = 0.4  # between two drawings of a run that goes on
-
 
 @dataclass
 class Order:
@@ -97,5 +95,5 @@ with st.container(horizontal=True, vertical_alignment="bottom"):
     buttons(player, order)
 chosen = live_view.choose_figures()
 busy = player.busy
-st.fragment(view, run_every=PERIOD_S if busy else None)(player, order and order.lm, chosen, busy)
+st.fragment(view, run_every=visitor.PERIOD_S if busy else None)(player, order and order.lm, chosen, busy)
 downloads(player)

@@ -1,0 +1,122 @@
+"""The dashboard as its visitors meet it: the real server in a real browser, and what is drawn there."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+import workbench as wb
+from workbench.visiting import Visitor
+
+COMMAND = [sys.executable, "-c", "from workbench.cli import main; main()", "dashboard", "--port", "{port}"]
+NOTHING = "<script>window.harmed = true</script> <img src=x onerror='window.harmed = true'> $x^2$ **bold** \x1b[31mred"
+
+
+@pytest.fixture(scope="module")
+def address(serve) -> str:
+    return serve(COMMAND, "/_stcore/health")
+
+
+@pytest.fixture
+def visitor(page, address):
+    visiting = Visitor(page, address)
+    yield visiting
+    assert page.errors == []
+    assert not page.evaluate("window.harmed")
+
+
+def y(figure: dict, name: str) -> list:
+    return next(trace["y"] for trace in figure["traces"] if name in trace["name"])
+
+
+def test_a_live_run_with_a_swap_in_the_middle(visitor):
+    visitor.open()
+    visitor.choose("Cache method", "snapkv")
+    visitor.fill("Tokens to decode", 400)
+    visitor.press("Run")
+    visitor.see("Running.")
+    visitor.figure("KV cache")
+    visitor.choose("Cache method", "streaming-llm")
+    visitor.choose("Budget in", "tokens")
+    visitor.fill("Budget", 32)
+    visitor.press("Change the method")
+    visitor.see("run: streaming-llm(budget=32)")
+    visitor.see("Idle.")
+    visitor.rest()
+    figure = visitor.figure("KV cache")
+    assert any("streaming-llm" in note for note in figure["notes"])
+    held = [value for trace in figure["traces"] for value in trace["y"] or [] if value is not None]
+    assert min(held) < max(held) / 4  # the curve bends: SnapKV held a fifth of 512 tokens and what came, and now 32 are held
+    for title in ("Tokens held", "ntropy", "KL"):
+        assert any(title in each["title"] for each in visitor.figures()), title
+
+
+def test_both_futures_of_a_branch_are_drawn(visitor):
+    visitor.open()
+    visitor.choose("Prompt", "Own text")
+    visitor.fill("Text", NOTHING + " the quick brown fox" * 20)
+    visitor.fill("Tokens to decode", 5)
+    visitor.press("Run")
+    visitor.see("Idle.")
+    visitor.choose("Cache method", "streaming-llm")
+    visitor.press("Branch")
+    visitor.see("branch 1: streaming-llm")
+    visitor.press("Continue")
+    visitor.see("Idle.")
+    visitor.rest()
+    assert len(visitor.figure("Tokens held")["traces"]) and len(visitor.figure("KV cache")["traces"]) >= 2
+    visitor.page.get_by_label("A further question").fill("<b>And then?</b>")
+    visitor.press("Ask")
+    visitor.rest()
+    visitor.see("<b>And then?</b>")
+
+
+def test_a_comparison_is_kept_under_its_link(visitor):
+    visitor.open("compare")
+    visitor.fill("Context (tokens)", 128)
+    visitor.fill("Samples", 1)
+    visitor.fill("Budgets", "0.5")
+    visitor.press("Compare")
+    visitor.page.wait_for_url(re.compile(r"[?&]id="))
+    visitor.see("snapkv(budget=0.5)")
+    drawn = visitor.figures()
+    assert any("snapkv" in trace["name"] for figure in drawn for trace in figure["traces"])
+    link = visitor.page.url
+    visitor.page.goto("about:blank")
+    visitor.page.goto(link)
+    visitor.rest()
+    visitor.see("snapkv(budget=0.5)")
+
+
+def test_a_replay_follows_its_slider(visitor):
+    visitor.open("replay")
+    visitor.press("Record")
+    before = visitor.figure("Tokens held")["traces"][0]["z"]
+    visitor.slide("Budget (share of the prompt)", -10)
+    visitor.rest()
+    after = visitor.figure("Tokens held")["traces"][0]["z"]
+    assert sum(map(sum, after)) < 0.7 * sum(map(sum, before))
+
+
+def test_a_trace_is_opened(visitor, tmp_path):
+    session = wb.Session(wb.load("tiny-dense"), wb.SnapKV(budget=0.3), out=tmp_path / NOTHING.replace("/", "|"))
+    session.prefill(NOTHING + " the quick brown fox" * 10)
+    session.generate(4)
+    session.close()
+    visitor.open("trace")
+    visitor.fill("Folder", next(tmp_path.iterdir()))
+    assert visitor.figure("KV cache")["traces"]
+    query = visitor.page.get_by_label("SQL")
+    query.fill("SELECT count(*) AS num_steps FROM steps")
+    visitor.page.keyboard.press("Control+Enter")
+    visitor.see("num_steps")
+
+
+def test_a_what_if(visitor):
+    visitor.open("what_if")
+    first = visitor.figures()
+    visitor.slide("Context (tokens)", 3)
+    visitor.rest()
+    assert visitor.figures() != first and all(figure["traces"] for figure in visitor.figures())
