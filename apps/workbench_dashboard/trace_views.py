@@ -83,8 +83,8 @@ def _sql(trace: Trace) -> None:
 
 
 VIEWS: dict[str, Callable[[Trace], None]] = {
-    "By component": _components,
     "KV bytes": _kv_bytes,
+    "By component": _components,
     "Held tokens": _held,
     "Importance": _importance,
     "Spans": _spans,
@@ -97,8 +97,9 @@ VIEWS: dict[str, Callable[[Trace], None]] = {
 @errors_shown()
 def views(trace: Trace) -> None:
     """The chosen view."""
-    chosen = st.segmented_control("View", list(VIEWS), default="By component", key="trace.view", label_visibility="collapsed")
-    VIEWS[chosen or "By component"](trace)
+    first = next(iter(VIEWS))
+    chosen = st.segmented_control("View", list(VIEWS), default=first, key="trace.view", label_visibility="collapsed")
+    VIEWS[chosen or first](trace)
 
 
 def perfetto(trace: Trace) -> bytes:

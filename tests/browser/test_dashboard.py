@@ -75,7 +75,7 @@ def test_both_futures_of_a_branch_are_drawn(visitor):
 
 def test_a_comparison_is_kept_under_its_link(visitor):
     visitor.open("compare")
-    visitor.fill("Context (tokens)", 128)
+    visitor.fill("Context", 128)
     visitor.fill("Samples", 1)
     visitor.fill("Budgets", "0.5")
     visitor.press("Compare")
