@@ -95,7 +95,8 @@ def grouped(rows: pd.DataFrame, column: str, by: str | Sequence[str] | None) -> 
     if unknown:
         raise UserError(f"Cannot group by {unknown[0]!r}; choose among {', '.join(GROUPS)}.")
     sums = rows.groupby(names, sort=False, as_index=False, dropna=False, observed=True)[column].sum()
-    return sums.astype({name: "str" for name in names if isinstance(sums[name].dtype, pd.CategoricalDtype)})
+    kinds = {name: sums[name].dtype for name in names}
+    return sums.astype({name: kind.categories.dtype for name, kind in kinds.items() if isinstance(kind, pd.CategoricalDtype)})
 
 
 def alike(anatomy: Anatomy) -> list[tuple[Layer, list[int]]]:
