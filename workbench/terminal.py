@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from workbench.plots.theme import human_bytes
+from workbench.plots.theme import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,13 +72,13 @@ def print_prediction(prediction: Prediction) -> None:
     for phase in prediction.phases.itertuples():
         for row in prediction.table[prediction.table["phase"] == phase.phase].itertuples():
             share = f"{row.predicted_s / phase.predicted_s:.1%}"
-            counts = (f"{row.flops:.3g}", human_bytes(row.bytes), _human_seconds(row.predicted_s), share, row.bound)
+            counts = (f"{row.flops:.3g}", human_bytes(row.bytes), human_seconds(row.predicted_s), share, row.bound)
             table.add_row(phase.phase, row.component, *counts)
-        each = "" if phase.steps == 1 else f"{_human_seconds(phase.predicted_step_s)}/step"
+        each = "" if phase.steps == 1 else f"{human_seconds(phase.predicted_step_s)}/step"
         total = (
             f"{phase.flops:.3g}",
             human_bytes(phase.bytes),
-            _human_seconds(phase.predicted_s),
+            human_seconds(phase.predicted_s),
         )
         table.add_row(phase.phase, "total", *total, "", each, style="bold", end_section=True)
     _out.print(table)
@@ -96,8 +96,8 @@ def print_beside(rows: list[dict[str, Any]]) -> None:
     for name in ("phase", "steps", "measured, median", "shortest to longest", "predicted", "error"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for row in rows:
-        spread = f"{_human_seconds(row['measured_low_s'])} to {_human_seconds(row['measured_high_s'])}"
-        times = (_human_seconds(row["measured_s"]), spread, _human_seconds(row["predicted_s"]), f"{row['error_percent']:+.1f}%")
+        spread = f"{human_seconds(row['measured_low_s'])} to {human_seconds(row['measured_high_s'])}"
+        times = (human_seconds(row["measured_s"]), spread, human_seconds(row["predicted_s"]), f"{row['error_percent']:+.1f}%")
         table.add_row(row["phase"], str(row["steps"]), *times)
     _out.print(table)
 
@@ -127,13 +127,6 @@ def print_replay(replayed: Replay, checked: Check | None) -> None:
         table.add_row(point.setup, f"{point.predicted_error:.3f}", *live)
     _out.print(table)
     _out.print(str(checked), highlight=False)
-
-
-def _human_seconds(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size or unit == "µs":
-            return f"{seconds / size:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
-    raise AssertionError
 
 
 def print_machine(sheet: Hardware) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 _SCRIPT_RESTS = '[data-testid="stApp"][data-test-script-state="notRunning"]'
+_LOOK_S = 0.2
 _FIGURES = """() => [...document.querySelectorAll('.js-plotly-plot')].filter(plot => plot._fullData).map(plot => ({
     title: plot.layout.title?.text ?? '',
     notes: (plot.layout.annotations ?? []).map(note => note.text),
@@ -21,7 +23,7 @@ class Visitor:
     """Wraps a page of Playwright. Everything it does waits for Streamlit, `wait_s` seconds at most."""
 
     def __init__(self, page: Any, address: str, wait_s: float = 60.0):
-        self.page, self.address = page, address
+        self.page, self.address, self._wait_s = page, address, wait_s
         page.set_default_timeout(1000 * wait_s)
 
     def open(self, path: str = "") -> None:
@@ -74,3 +76,12 @@ class Visitor:
             arg=title,
         )
         return next(figure for figure in self.figures() if title in figure["title"])
+
+    def until(self, title: str, holds: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        """Looks at a figure again and again until something holds of it. Raises TimeoutError."""
+        for _ in range(round(self._wait_s / _LOOK_S)):
+            figure = self.figure(title)
+            if holds(figure):
+                return figure
+            self.page.wait_for_timeout(1000 * _LOOK_S)
+        raise TimeoutError(f"What was waited for did not come to hold of the figure {title!r} within {self._wait_s:g} s.")

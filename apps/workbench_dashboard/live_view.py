@@ -36,6 +36,7 @@ MAPS: dict[str, tuple[Callable[[Snapshot], bool], Callable[[Snapshot], go.Figure
 """Figures of one run: whether there is anything to draw, and the figure."""
 
 _NONE = "n/a"
+_IN_A_ROW = 5
 _HEIGHT = 300
 _TEXT_HEIGHT = 190
 _DRAWN = "live.drawn"
@@ -100,7 +101,7 @@ def _wanted(snapshots: Mapping[str, Snapshot], chosen: list[str]) -> dict[str, C
 
 
 def _numbers(seen: Snapshot) -> None:
-    """The newest step in big numbers."""
+    """The newest step in big numbers, in two rows."""
     history = seen.history
     decoded = history[history["phase"] == "decode"]
     last = history.iloc[-1]
@@ -117,8 +118,9 @@ def _numbers(seen: Snapshot) -> None:
         "KL (nats)": _of(token, "kl_to_dense", lambda value: f"{value:.2g}"),
         "Agreement": _NONE if agrees is None else f"{agrees:.0%}",
     }
-    for place, (label, value) in zip(st.columns(len(shown)), shown.items(), strict=True):
-        place.metric(label, value)
+    for start in (0, _IN_A_ROW):
+        for place, label in zip(st.columns(_IN_A_ROW), list(shown)[start : start + _IN_A_ROW], strict=False):
+            place.metric(label, shown[label])
 
 
 def _of(row: pd.Series | None, column: str, write: Callable[[float], str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -38,10 +39,15 @@ def page(browser) -> Iterator:
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
     opened = context.new_page()
     opened.errors = []
-    opened.on("console", lambda message: message.type == "error" and opened.errors.append(message.text))
+    opened.on("console", lambda message: _is_ours(message) and opened.errors.append(message.text))
     opened.on("pageerror", lambda error: opened.errors.append(str(error)))
     yield opened
     context.close()
+
+
+def _is_ours(message) -> bool:
+    """Whether it is an error, and not one of the two that Streamlit makes itself where an address has a page in it."""
+    return message.type == "error" and not re.search(r"/\w+/_stcore/(health|host-config)$", message.location["url"])
 
 
 @pytest.fixture(scope="module")

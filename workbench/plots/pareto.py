@@ -37,7 +37,7 @@ def pareto(comparison: Comparison, x: str = "kv_physical_bytes", y: str = "score
     front = frontier(table, x, y)
     figure.add_scatter(x=front[x], y=front[y], mode="lines", name="best trade-offs", line={"width": 2, "color": MARK})
     about = comparison.about
-    title = f"{name_of(y)} against {name_of(x)}: {plain(about['workload'])} on {plain(about['model'])}"
+    title = f"{name_of(y)} against {name_of(x)}<br><sub>{plain(about['workload'])} on {plain(about['model'])}</sub>"
     return style(figure, title, _axis(x), _axis(y), height=430)
 
 

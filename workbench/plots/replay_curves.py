@@ -13,6 +13,8 @@ from workbench.trace.check import Check
 from workbench.trace.replay import Replay
 
 NAMES = {"mass_retained": "attention mass retained (share)", "output_error": "error of the attention output (share)"}
+_BELOW = 6
+"""Methods named below the figure; more of them stand beside it, since they would leave it no room."""
 _DASHES = ("solid", "dot", "longdash", "dashdot")
 
 
@@ -53,13 +55,16 @@ def replay_curves(replay: Replay, check: Check | None = None, y: str = "mass_ret
         )
         best = tuple(zip(rows["share"].round(9), rows["oracle_mass"].round(6), strict=True))
         bounds.setdefault(best, []).append(name)
+    many = len(table["method"].unique()) > _BELOW
     if y == "mass_retained":
-        for best, names in bounds.items():
+        for number, (best, names) in enumerate(bounds.items()):
             figure.add_scatter(
                 x=[share for share, _ in best],
                 y=[mass for _, mass in best],
                 mode="lines",
-                name=f"best possible: {plain(', '.join(names))}",
+                name="best possible" if many else f"best possible: {plain(', '.join(names))}",
+                legendgroup="best possible" if many else None,
+                showlegend=not many or number == 0,
                 line={"dash": "dash", "width": 1, "color": MARK if len(names) > 1 else colours[names[0]]},
                 hovertemplate=f"best possible for {plain(', '.join(names))}<br>%{{y:.4f}}<extra></extra>",
             )
@@ -68,6 +73,10 @@ def replay_curves(replay: Replay, check: Check | None = None, y: str = "mass_ret
         _add_live(figure, table, check, y)
         title += f"<br><sub>{plain(check)}</sub>"
     style(figure, title, "budget (share of the prompt)", NAMES[y], height=520)
+    if many:
+        figure.update_layout(
+            legend={"orientation": "v", "x": 1.01, "y": 1, "yref": "paper", "yanchor": "top"}, margin={"r": 190}
+        )
     return figure.update_layout(margin={"t": 70})
 
 

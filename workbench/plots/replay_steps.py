@@ -40,4 +40,5 @@ def replay_steps(replay: Replay, method: str, budget: float, layer: int | None =
         figure.add_scatter(y=best, mode="lines", name="best possible", line={"color": colour, "dash": "dash", "width": 1})
     figure.update_traces(hovertemplate="step %{x}<br>%{y:.4f}<extra></extra>")
     where = "mean over layers" if layer is None else f"layer {layer}"
-    return style(figure, f"{NAMES[y].partition(' (')[0].capitalize()}, {where}", "decoded token", NAMES[y])
+    title = f"{NAMES[y].partition(' (')[0].capitalize()}<br><sub>{where}</sub>"
+    return style(figure, title, "decoded token", NAMES[y])

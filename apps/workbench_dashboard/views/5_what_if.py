@@ -20,7 +20,7 @@ from workbench.cost.under_method import Says
 from workbench.errors import UserError
 from workbench.experiments.planned import planned
 from workbench.models.catalogue import catalogue
-from workbench.plots.theme import human_bytes
+from workbench.plots.theme import human_bytes, human_seconds
 from workbench.trace.anatomy import Anatomy
 from workbench_dashboard import figures
 from workbench_dashboard.errors import errors_shown
@@ -131,7 +131,7 @@ if asked is not None:
     anatomy, hardware, dtype, sizes = asked
     prediction = wb.predict(anatomy, hardware, dtype=dtype, **sizes)
     st.text(visible(memory_sentence(prediction.memory, prediction.hardware.label)))
-    st.text(visible(f"Predicted: {prediction.predicted_s:.4g} s in all."))
+    st.text(visible(f"Predicted: {human_seconds(prediction.predicted_s)} in all."))
     figures.show(plots.predicted_time(prediction), "what_if.time")
     figures.show(plots.roofline(prediction), "what_if.roofline")
     for note in prediction.notes:
