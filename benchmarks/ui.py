@@ -171,7 +171,7 @@ def pictures(page: Page, visitor: Visitor, folder: Path) -> None:
     visitor.figure("beside dense")
     take("what-if")
     visitor.open("methods")
-    page.get_by_text("snapkv: ").click()
+    page.get_by_text("cake: ").click()
     take("methods")
 
 
