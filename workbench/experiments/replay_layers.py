@@ -8,7 +8,7 @@ it are asked what their attention would have given, since a mask over the record
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -79,9 +79,11 @@ def check_complete(recording: Recording, policy: CachePolicy) -> None:
 def follow(recording: Recording, policy: CachePolicy, chosen: Sequence[LayerTensors]) -> dict[int, Followed]:
     """What a policy does with the chosen layers: all of the recording if it ties them."""
     anatomy, prompt, steps = recording.trace.anatomy, recording.prompt_tokens, recording.steps
-    call = Call(TraceWriter({}), capacity=allocate(anatomy, policy, [prompt]), prompt_tokens=[prompt], divided_at=[prompt])
-    layers = [EngineLayer(tensors.layer, anatomy, policy, call) for tensors in chosen]
     seen = [_Seen(tensors, recording, policy) for tensors in chosen]
+    gone = {each.tensors.layer: each.gone for each in seen}
+    capacity = allocate(anatomy, policy, [prompt])
+    call = _Noting(TraceWriter({}), gone=gone, capacity=capacity, prompt_tokens=[prompt], divided_at=[prompt])
+    layers = [EngineLayer(tensors.layer, anatomy, policy, call) for tensors in chosen]
     appoint(leaders(layers, policy))
     for layer, tensors in zip(layers, chosen, strict=True):
         layer.rotation = rotation(tensors)
@@ -92,9 +94,21 @@ def follow(recording: Recording, policy: CachePolicy, chosen: Sequence[LayerTens
         call.positions = torch.arange(start, stop, dtype=torch.int32, device=chosen[0].keys.device)[None]
         for layer, each in zip(layers, seen, strict=True):
             _feed(layer, each, start, stop)
-    for row in call.writer.tables()["evictions"].to_pandas().itertuples():
-        seen[[tensors.layer for tensors in chosen].index(row.layer)].gone[row.head, row.position] = row.step
     return {tensors.layer: each.followed() for tensors, each in zip(chosen, seen, strict=True)}
+
+
+@dataclass
+class _Noting(Call):
+    """A call that notes what layers drop where a replay looks for it."""
+
+    gone: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By layer, as in `Followed`."""
+
+    def record_evictions(self, layers: Sequence[int], dropped: torch.Tensor, into: torch.Tensor | None = None) -> None:
+        """Notes the step at which tokens are gone. Arguments as in `Call`; there is one row."""
+        for layer, positions in zip(layers, dropped, strict=True):
+            heads, slots = positions.ge(0).nonzero(as_tuple=True)
+            self.gone[layer][heads, positions[heads, slots].long()] = self.step
 
 
 class _Seen:
