@@ -107,7 +107,7 @@ class RaggedStore:
 
     @property
     def side(self) -> dict[str, torch.Tensor]:
-        """`[B, H, N]` each: what is kept beside K and V, by name."""
+        """`[B, H, N]` each, or `[B, H, N, W]`: what is kept beside K and V, by name."""
         return {name: self._padded(name) for name in self.declared}
 
     @property
@@ -160,8 +160,8 @@ class RaggedStore:
         self._weigh()
 
     def put_side(self, name: str, tensor: torch.Tensor) -> None:
-        """Sets what is kept beside K and V under a name to `[B, H, N]`, where a slot holds a token."""
-        new = tensor.flatten().index_select(0, self._layout.columns)
+        """Sets what is kept beside K and V under a name, where a slot holds a token; `tensor` is as in `side`."""
+        new = tensor.flatten(0, 2).index_select(0, self._layout.columns)
         self._buffers[name].index_copy_(0, self._layout.held, new.to(self._buffers[name].dtype))
 
     def sort(self) -> None:
