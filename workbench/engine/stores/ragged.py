@@ -42,8 +42,8 @@ class _Layout:
 
     @cached_property
     def readable(self) -> torch.Tensor:
-        """The slots, each one that exists: what is read for an empty column does not matter."""
-        return self.slots.clamp(min=0)
+        """`[B x H x N]` the slots, each one that exists: what is read for an empty column does not matter."""
+        return self.slots.clamp(min=0).flatten()
 
     @cached_property
     def columns(self) -> torch.Tensor:
@@ -210,10 +210,11 @@ class RaggedStore:
         return [self._lengths[row * num_heads : (row + 1) * num_heads] for row in range(batch)]
 
     def _padded(self, name: str) -> torch.Tensor:
-        padded = self._buffers[name][self._layout.readable]
+        padded = self._buffers[name].index_select(0, self._layout.readable)
+        padded = padded.view(*self._shape, self.length, *padded.shape[1:])
         if name == "positions":
-            padded.masked_fill_(~self._layout.there, -1)
-        return padded.unflatten(0, self._shape)
+            padded.masked_fill_(~self._layout.there.unflatten(0, self._shape), -1)
+        return padded
 
     def _fill_holes(self, mask: torch.Tensor, counts: torch.Tensor, lengths: list[int]) -> int:
         """Moves the last tokens of each head into the slots that its dropped ones leave: few are dropped."""
