@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -76,12 +77,12 @@ class LayerState:
     first: bool = False
     """Whether the method has not decided on what is held before: at the end of the prompt, or after a swap."""
 
-    @property
+    @cached_property
     def occupied(self) -> torch.Tensor:
         """`[B, H, N]` whether a slot holds a token."""
         return self.positions >= 0
 
-    @property
+    @cached_property
     def newest(self) -> torch.Tensor:
         """`[B, 1, 1]` position of the newest token of each row."""
         return self.positions.amax((1, 2), keepdim=True)

@@ -219,9 +219,9 @@ class RaggedStore:
     def _fill_holes(self, mask: torch.Tensor, counts: torch.Tensor, lengths: list[int]) -> int:
         """Moves the last tokens of each head into the slots that its dropped ones leave: few are dropped."""
         slots, starts = self._layout.slots, self._layout.starts
-        before = slots < (starts + counts)[:, None]
-        holes = slots[~mask & before & self._layout.there]
-        movers = slots[mask & ~before]
+        behind = slots >= (starts + counts)[:, None]
+        holes = slots[self._layout.there & ~(mask | behind)]
+        movers = slots[mask & behind]
         for buffer in self._buffers.values():
             buffer.index_copy_(0, holes, buffer[movers])
         self._lengths = lengths
@@ -252,7 +252,7 @@ class RaggedStore:
         self._weigh()
 
     def _token_bytes(self) -> int:
-        return sum(buffer[0].nbytes for buffer in self._buffers.values())
+        return sum(buffer.nbytes // len(buffer) for buffer in self._buffers.values())
 
     def _weigh(self) -> None:
         self.nbytes = sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())

@@ -146,8 +146,7 @@ class UNComp(CacheMethod):
         return state.side[_ROWS].movedim(3, 0).contiguous().sum(0)  # oldest query first, however long the cache is
 
     def _keep(self, state: LayerState, votes: torch.Tensor) -> torch.Tensor:
-        counts = self._counts(state)
-        windows = torch.minimum(counts.amin(1) // 2, state.newest.view(-1) + 1).clamp(1, self.window)
+        counts, windows = self._counts(state)
         in_window = recent(state, windows)
         scores = votes.masked_fill(in_window, 0)
         # Neighbours are those in the text, of the tokens held; pooling makes them equal, so ties break in that order, too.
@@ -161,12 +160,15 @@ class UNComp(CacheMethod):
         """The rows are read."""
         return 0, state.side[_ROWS].nbytes
 
-    def _counts(self, state: LayerState) -> torch.Tensor:
-        """`[B, H]` tokens each head keeps."""
+    def _counts(self, state: LayerState) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, H]` tokens each head keeps, and `[B]` those of them that are the window."""
         high = self.table("high", state).tolist()
-        rows = zip(state.capacity.tolist(), state.prompt_tokens.tolist(), strict=True)
+        prompts = state.prompt_tokens.tolist()
+        rows = zip(state.capacity.tolist(), prompts, strict=True)
         counts = [two_groups(high, capacity, max(prompt, capacity), self.ratio) for capacity, prompt in rows]
-        return torch.tensor(counts, device=state.keys.device)
+        seen = [prompt + state.since_prompt for prompt in prompts]
+        windows = [max(1, min(min(row) // 2, there, self.window)) for row, there in zip(counts, seen, strict=True)]
+        return torch.tensor(counts, device=state.keys.device), torch.tensor(windows, device=state.keys.device)
 
 
 def matrix_entropy(states: torch.Tensor, rank: float) -> torch.Tensor:
