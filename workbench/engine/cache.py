@@ -7,6 +7,7 @@ returns the layer itself in place of the keys, and the one attention function (`
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,11 +272,11 @@ class EngineLayer(CacheLayerMixin):
         if self.index in self.call.capacity:
             dividing = self.policy.joint is not None and divides(self.call, self.policy, undecided)
             wanted = dividing if self.policy.joint else bool(self.policy.side)
-            observed = self._observe(query) if wanted and self.observing else {}
+            observed, state = self._observe(query) if wanted and self.observing else ({}, None)
             if dividing:
                 divide(self, observed)
             elif self._is_turn() and self.is_over():
-                self.decide(query)
+                self.decide(query, state=state)
             elif self.call.thinned is not None:
                 self._record("due", 0)
                 self._record("evict", self._record_absent())
@@ -362,22 +363,28 @@ class EngineLayer(CacheLayerMixin):
             foresight=foresight,
         )
 
-    def _observe(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the policy observes; its side state is put beside K and V."""
+    def _observe(self, query: torch.Tensor) -> tuple[dict[str, torch.Tensor], LayerState]:
+        """What the policy observes; its side state is put beside K and V. Also returns the state with it."""
         state = self._state(query)
         self._record("score", 0, *self.policy.observation_cost(state))
         observed = self.policy.observe(state)
         for name in state.side:
             self.store.put_side(name, observed[name])
-        return observed
+        side = self.store.side
+        return observed, dataclasses.replace(state, side={name: side[name] for name in state.side})
 
-    def decide(self, query: torch.Tensor | None = None, foresight: torch.Tensor | None = None) -> None:
+    def decide(
+        self,
+        query: torch.Tensor | None = None,
+        foresight: torch.Tensor | None = None,
+        state: LayerState | None = None,
+    ) -> None:
         """Asks the policy what stays and frees the rest; without the call's queries if layers have divided the budget.
 
-        `foresight` `[B, Hq, N]` is what rehearsed tokens looked at.
+        `foresight` `[B, Hq, N]` is what rehearsed tokens looked at; `state` is what the policy has just observed, if it has.
         """
         self._record("due", 0)
-        state = self._state(query, foresight)
+        state = state or self._state(query, foresight)
         keep = self.call.kept.get(self.leader)
         flops, moved = self.policy.scoring_cost(state) if keep is None else (0, 0)
         if flops or moved:
@@ -393,7 +400,7 @@ class EngineLayer(CacheLayerMixin):
         if num_dropped and self.policy.ragged and isinstance(self.store, RectangularStore):
             self.store = RaggedStore.of(self.store)
         if num_dropped or num_absent:
-            self._evicted(dropped, self.store.keep(keep) if num_dropped else 0, num_absent, into)
+            self._evicted(dropped, num_dropped, self.store.keep(keep) if num_dropped else 0, num_absent, into)
 
     def _merge(self, state: LayerState, keep: torch.Tensor) -> torch.Tensor:
         """Lets what leaves change K and V of what stays. Returns the positions it was merged into, -1 for none."""
@@ -403,14 +410,16 @@ class EngineLayer(CacheLayerMixin):
         self.store.values.copy_(merged.values)
         return merged.into
 
-    def _evicted(self, dropped: torch.Tensor, moved: int, num_absent: int = 0, into: torch.Tensor | None = None) -> None:
-        """Records an eviction: `dropped` `[B, H, N]` positions, -1 for what stays, and the bytes moved.
+    def _evicted(
+        self, dropped: torch.Tensor, num_dropped: int, moved: int, num_absent: int = 0, into: torch.Tensor | None = None
+    ) -> None:
+        """Records an eviction: `dropped` `[B, H, N]` positions, -1 for what stays, how many those are, and the bytes moved.
 
         `num_absent` more tokens did not reach this layer and count as evicted from it; `into` is where merged ones went.
         """
         if self.pages is not None:
             self.pages.rebuild(self.store)
-        self._record("evict", int((dropped >= 0).sum()) + num_absent, 0, moved)
+        self._record("evict", num_dropped + num_absent, 0, moved)
         self.call.record_evictions([self.index], dropped, into)
 
     def _thins(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -22,10 +24,17 @@ AT_END, CASCADE = "at end", "cascade"
 
 @dataclass(frozen=True)
 class Side:
-    """A number a method keeps for each token and kv head, beside K and V: what it is made of, and what it starts as."""
+    """What a method keeps for each token and kv head, beside K and V: a number, or a row of them, and what they start as."""
 
     dtype: torch.dtype = torch.float32
     fill: float = 0
+    shape: tuple[()] | tuple[int] = ()
+    """`(W,)` for a row of W numbers."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a token and kv head."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class LayerState:
     foresight: torch.Tensor | None = None
     """`[B, Hq, N]` attention each token received from the rehearsed tokens, summed over them, if the method needs it."""
     side: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """`[B, H, N]` each: what the method keeps beside K and V, by name."""
+    """`[B, H, N]` each, or `[B, H, N, W]`: what the method keeps beside K and V, by name."""
     share: torch.Tensor | None = None
     """`[B]` what `capacity` was when the budget was divided; the two differ only if a method lets it grow."""
     since_prompt: int = 0
@@ -68,12 +77,12 @@ class LayerState:
     first: bool = False
     """Whether the method has not decided on what is held before: at the end of the prompt, or after a swap."""
 
-    @property
+    @cached_property
     def occupied(self) -> torch.Tensor:
         """`[B, H, N]` whether a slot holds a token."""
         return self.positions >= 0
 
-    @property
+    @cached_property
     def newest(self) -> torch.Tensor:
         """`[B, 1, 1]` position of the newest token of each row."""
         return self.positions.amax((1, 2), keepdim=True)
@@ -196,7 +205,7 @@ class CachePolicy(Protocol):
         ...
 
     def observe(self, state: LayerState) -> dict[str, torch.Tensor]:
-        """Side state anew, `[B, H, N]` by name, and a joint method's report `[B, ...]`."""
+        """Side state anew, `[B, H, N]` or `[B, H, N, W]` by name, and a joint method's report `[B, ...]`."""
         ...
 
     def observation_cost(self, state: LayerState) -> tuple[int, int]:

@@ -42,7 +42,9 @@ class LayerStack(EngineLayer):
         for layer in self.layers:
             layer._record(op, op_tokens // count, extra_flops // count, extra_bytes // count)
 
-    def _evicted(self, dropped: torch.Tensor, moved: int, num_absent: int = 0, into: torch.Tensor | None = None) -> None:
+    def _evicted(
+        self, dropped: torch.Tensor, num_dropped: int, moved: int, num_absent: int = 0, into: torch.Tensor | None = None
+    ) -> None:
         self.spread()
         counts = dropped.ge(0).sum((1, 2)).view(len(self.layers), -1).sum(1).tolist()
         for layer, count in zip(self.layers, counts, strict=True):

@@ -145,7 +145,7 @@ class _Layer:
 
     def _token_bytes(self) -> int:
         """K, V, position and side state of one token in one kv head."""
-        beside = sum(side.dtype.itemsize for side in kept_beside(self.method).values())
+        beside = sum(side.nbytes for side in kept_beside(self.method).values())
         return (self.attention.head_dim + self.attention.value_dim) * self.element_bytes + _POSITION_BYTES + beside
 
     def _selecting(self, slots: int) -> tuple[int, int]:
@@ -163,7 +163,7 @@ class _Layer:
     def _state(self, slots: int, since: int) -> _ShapeState:
         attention = self.attention
         heads, queries = attention.num_kv_heads, 1 if since else self.prompt
-        beside = {name: _empty(side.dtype, heads, slots) for name, side in kept_beside(self.method).items()}
+        beside = {name: _empty(side.dtype, heads, slots, *side.shape) for name, side in kept_beside(self.method).items()}
         return _ShapeState(
             keys=self._shaped(heads, slots, attention.head_dim),
             values=self._shaped(heads, slots, attention.value_dim),

@@ -58,7 +58,7 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
     if not wanted or not families:
         raise UserError("There is nothing to replay: give at least one method and one budget.")
     _check_room(recording, families)
-    with torch.no_grad():
+    with torch.inference_mode():
         tied = [policy for family in families for policy in family if is_tied(recording, policy)]
         together = {policy.label: follow(recording, policy, recording.layers) for policy in tied}
 
@@ -121,7 +121,7 @@ def _side_by_side(work: Callable[[LayerTensors], list[_Replayed]], layers: Seque
     threads, workers = torch.get_num_threads(), _workers(layers)
 
     def apart(layer: LayerTensors) -> list[_Replayed]:
-        with torch.no_grad():
+        with torch.inference_mode():
             return work(layer)
 
     if workers == 1:

@@ -8,7 +8,7 @@ it are asked what their attention would have given, since a mask over the record
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -79,9 +79,11 @@ def check_complete(recording: Recording, policy: CachePolicy) -> None:
 def follow(recording: Recording, policy: CachePolicy, chosen: Sequence[LayerTensors]) -> dict[int, Followed]:
     """What a policy does with the chosen layers: all of the recording if it ties them."""
     anatomy, prompt, steps = recording.trace.anatomy, recording.prompt_tokens, recording.steps
-    call = Call(TraceWriter({}), capacity=allocate(anatomy, policy, [prompt]), prompt_tokens=[prompt], divided_at=[prompt])
-    layers = [EngineLayer(tensors.layer, anatomy, policy, call) for tensors in chosen]
     seen = [_Seen(tensors, recording, policy) for tensors in chosen]
+    gone = {each.tensors.layer: each.gone_and_more for each in seen}
+    capacity = allocate(anatomy, policy, [prompt])
+    call = _Noting(TraceWriter({}), gone=gone, capacity=capacity, prompt_tokens=[prompt], divided_at=[prompt])
+    layers = [EngineLayer(tensors.layer, anatomy, policy, call) for tensors in chosen]
     appoint(leaders(layers, policy))
     for layer, tensors in zip(layers, chosen, strict=True):
         layer.rotation = rotation(tensors)
@@ -92,9 +94,21 @@ def follow(recording: Recording, policy: CachePolicy, chosen: Sequence[LayerTens
         call.positions = torch.arange(start, stop, dtype=torch.int32, device=chosen[0].keys.device)[None]
         for layer, each in zip(layers, seen, strict=True):
             _feed(layer, each, start, stop)
-    for row in call.writer.tables()["evictions"].to_pandas().itertuples():
-        seen[[tensors.layer for tensors in chosen].index(row.layer)].gone[row.head, row.position] = row.step
     return {tensors.layer: each.followed() for tensors, each in zip(chosen, seen, strict=True)}
+
+
+@dataclass
+class _Noting(Call):
+    """A call that notes what layers drop where a replay looks for it."""
+
+    gone: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By layer, as in `Followed`, with one column more, for what stays."""
+
+    def record_evictions(self, layers: Sequence[int], dropped: torch.Tensor, into: torch.Tensor | None = None) -> None:
+        """Notes the step at which tokens are gone. Arguments as in `Call`; there is one row."""
+        for layer, positions in zip(layers, dropped.long(), strict=True):
+            gone = self.gone[layer]
+            gone.scatter_(1, positions.where(positions >= 0, gone.shape[1] - 1), self.step)
 
 
 class _Seen:
@@ -103,7 +117,9 @@ class _Seen:
     def __init__(self, tensors: LayerTensors, recording: Recording, policy: CachePolicy):
         num_heads, total, _ = tensors.keys.shape
         self.tensors, self.prompt = tensors, recording.prompt_tokens
-        self.gone = torch.full((num_heads, total), recording.steps, dtype=torch.int32, device=tensors.keys.device)
+        shape = num_heads, total + 1
+        self.gone_and_more = torch.full(shape, recording.steps, dtype=torch.int32, device=tensors.keys.device)
+        self.gone = self.gone_and_more[:, :total]
         self.attends, self.selects = _changes_attention(policy), policy.selects
         self._outputs: list[torch.Tensor] = []
         self._read: list[torch.Tensor] = []
@@ -135,8 +151,9 @@ def _feed(layer: EngineLayer, seen: _Seen, start: int, stop: int) -> None:
     """Gives a layer the tokens of a call and lets the policy decide."""
     tensors = seen.tensors
     own = tensors.queries[None, :, start:stop]
-    # The store evicts in place, so what it is given are copies.
-    layer.update(tensors.keys[None, :, start:stop].clone(), tensors.values[None, :, start:stop].clone())
+    new = [each[None, :, start:stop] for each in (tensors.keys, tensors.values)]
+    # The store takes the prompt's memory and evicts in place, so what it is given then are copies.
+    layer.update(*([each.clone() for each in new] if layer.call.phase == "prefill" else new))
     query, source = layer.source(own)
     if layer.call.phase != "prefill":
         if seen.attends:

@@ -9,11 +9,51 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from workbench.engine.policy import MASS, Side
 from workbench.engine.stores.rectangular import RectangularStore, filled, slack
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Where the heads lie. A step asks several times which slots these are; once tokens come or go there is another layout."""
+
+    starts: torch.Tensor
+    """`[B x H]` first slot of each head."""
+    ends: torch.Tensor
+    """`[B x H]` the slot after its last token."""
+    length: int
+    """Tokens of the longest head, N."""
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """`[B x H, N]` the flat slot of each column of a padded copy; before the head's start where there is none."""
+        columns = torch.arange(self.length, device=self.ends.device)
+        return (self.ends - self.length)[:, None] + columns
+
+    @cached_property
+    def there(self) -> torch.Tensor:
+        """`[B x H, N]` whether a column holds a token."""
+        return self.slots >= self.starts[:, None]
+
+    @cached_property
+    def readable(self) -> torch.Tensor:
+        """`[B x H x N]` the slots, each one that exists: what is read for an empty column does not matter."""
+        return self.slots.clamp(min=0).flatten()
+
+    @cached_property
+    def columns(self) -> torch.Tensor:
+        """Columns that hold a token, head by head, of a padded copy laid flat."""
+        return self.there.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def held(self) -> torch.Tensor:
+        """Flat slots that hold a token, in the same order."""
+        return self.slots.flatten().index_select(0, self.columns)
 
 
 class RaggedStore:
@@ -67,7 +107,7 @@ class RaggedStore:
 
     @property
     def side(self) -> dict[str, torch.Tensor]:
-        """`[B, H, N]` each: what is kept beside K and V, by name."""
+        """`[B, H, N]` each, or `[B, H, N, W]`: what is kept beside K and V, by name."""
         return {name: self._padded(name) for name in self.declared}
 
     @property
@@ -75,17 +115,17 @@ class RaggedStore:
         """`[B, H, N]` bool, or None where no slot is empty."""
         if len(set(self._lengths)) == 1:
             return None
-        return (self._slots() >= self.starts[:, None]).unflatten(0, self._shape)
+        return self._layout.there.unflatten(0, self._shape)
 
     @property
     def flat(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Flattened keys and values, and the first and the last but one slot `[B x H]` of each head."""
-        return self._buffers["keys"], self._buffers["values"], self.starts, self.ends
+        return self._buffers["keys"], self._buffers["values"], self._layout.starts, self._layout.ends
 
     @property
     def length(self) -> int:
         """Tokens of the longest head, N."""
-        return max(self._lengths)
+        return self._layout.length
 
     @property
     def mean_length(self) -> int:
@@ -120,16 +160,15 @@ class RaggedStore:
         self._weigh()
 
     def put_side(self, name: str, tensor: torch.Tensor) -> None:
-        """Sets what is kept beside K and V under a name to `[B, H, N]`, where a slot holds a token."""
-        slots = self._slots()
-        there = slots >= self.starts[:, None]
-        self._buffers[name].index_copy_(0, slots[there], tensor.flatten(0, 1)[there].to(self._buffers[name].dtype))
+        """Sets what is kept beside K and V under a name, where a slot holds a token; `tensor` is as in `side`."""
+        new = tensor.flatten(0, 2).index_select(0, self._layout.columns)
+        self._buffers[name].index_copy_(0, self._layout.held, new.to(self._buffers[name].dtype))
 
     def sort(self) -> None:
         """Puts the slots of each head in the order of their positions: evicting step by step mixes them up."""
-        held = self._held()
+        held = self._layout.held
         heads = torch.arange(len(self._lengths), device=held.device)
-        heads = heads.repeat_interleave(self.ends - self.starts)
+        heads = heads.repeat_interleave(self._layout.ends - self._layout.starts)
         order = ((heads << 32) + self._buffers["positions"][held]).argsort()
         self._rebuild(held[order], self._lengths)
 
@@ -139,15 +178,16 @@ class RaggedStore:
         count = keys.shape[2]
         lengths = [length + count for length in self._lengths]
         if any(length > room for length, room in zip(lengths, self._rooms, strict=True)):
-            self._rebuild(self._held(), self._lengths, extra=count)
-        target = self.ends if count == 1 else (self.ends[:, None] + torch.arange(count, device=keys.device)).flatten()
+            self._rebuild(self._layout.held, self._lengths, extra=count)
+        ends = self._layout.ends
+        target = ends if count == 1 else (ends[:, None] + torch.arange(count, device=keys.device)).flatten()
         self._buffers["keys"].index_copy_(0, target, keys.flatten(0, 2))
         self._buffers["values"].index_copy_(0, target, values.flatten(0, 2))
         self._buffers["positions"].index_copy_(0, target, positions.repeat_interleave(self._shape[1], 0).flatten())
         for name, side in self.declared.items():
             self._buffers[name].index_fill_(0, target, side.fill)
         self._lengths = lengths
-        self.ends = self.ends + count
+        self._layout = _Layout(self._layout.starts, ends + count, max(lengths))
 
     def keep(self, mask: torch.Tensor) -> int:
         """Keeps the slots of `mask` `[B, H, N]` and frees the rest. Returns the bytes moved."""
@@ -156,7 +196,7 @@ class RaggedStore:
         lengths = counts.tolist()
         reserve = self._reserve(lengths) * len(lengths)
         if sum(self._rooms) - sum(lengths) > 2 * reserve:
-            return self._rebuild(self._slots()[mask], lengths)
+            return self._rebuild(self._layout.slots[mask], lengths)
         return self._fill_holes(mask, counts, lengths)
 
     def clone(self) -> RaggedStore:
@@ -169,33 +209,23 @@ class RaggedStore:
         batch, num_heads = self._shape
         return [self._lengths[row * num_heads : (row + 1) * num_heads] for row in range(batch)]
 
-    def _slots(self) -> torch.Tensor:
-        """`[B x H, N]` the flat slot of each column of a padded copy; before the head's start where there is none."""
-        columns = torch.arange(self.length, device=self.ends.device)
-        return (self.ends - self.length)[:, None] + columns
-
-    def _held(self) -> torch.Tensor:
-        """Flat slots that hold a token, head by head."""
-        slots = self._slots()
-        return slots[slots >= self.starts[:, None]]
-
     def _padded(self, name: str) -> torch.Tensor:
-        slots = self._slots()
-        padded = self._buffers[name][slots.clamp(min=0)]
+        padded = self._buffers[name].index_select(0, self._layout.readable)
+        padded = padded.view(*self._shape, self.length, *padded.shape[1:])
         if name == "positions":
-            padded.masked_fill_(slots < self.starts[:, None], -1)
-        return padded.unflatten(0, self._shape)
+            padded.masked_fill_(~self._layout.there.unflatten(0, self._shape), -1)
+        return padded
 
     def _fill_holes(self, mask: torch.Tensor, counts: torch.Tensor, lengths: list[int]) -> int:
         """Moves the last tokens of each head into the slots that its dropped ones leave: few are dropped."""
-        slots = self._slots()
-        before = slots < (self.starts + counts)[:, None]
-        holes = slots[~mask & before & (slots >= self.starts[:, None])]
-        movers = slots[mask & ~before]
+        slots, starts = self._layout.slots, self._layout.starts
+        behind = slots >= (starts + counts)[:, None]
+        holes = slots[self._layout.there & ~(mask | behind)]
+        movers = slots[mask & behind]
         for buffer in self._buffers.values():
             buffer.index_copy_(0, holes, buffer[movers])
         self._lengths = lengths
-        self.ends = self.starts + counts
+        self._layout = _Layout(starts, starts + counts, max(lengths))
         return 2 * len(movers) * self._token_bytes()
 
     def _rebuild(self, source: torch.Tensor, lengths: list[int], extra: int = 0) -> int:
@@ -217,12 +247,12 @@ class RaggedStore:
     def _lay(self, buffers: dict[str, torch.Tensor], rooms: list[int], lengths: list[int]) -> None:
         self._buffers, self._rooms, self._lengths = buffers, rooms, lengths
         device = buffers["keys"].device
-        self.starts = torch.tensor([0, *rooms[:-1]], device=device).cumsum(0)
-        self.ends = self.starts + torch.tensor(lengths, device=device)
+        starts = torch.tensor([0, *rooms[:-1]], device=device).cumsum(0)
+        self._layout = _Layout(starts, starts + torch.tensor(lengths, device=device), max(lengths))
         self._weigh()
 
     def _token_bytes(self) -> int:
-        return sum(buffer[0].nbytes for buffer in self._buffers.values())
+        return sum(buffer.nbytes // len(buffer) for buffer in self._buffers.values())
 
     def _weigh(self) -> None:
         self.nbytes = sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())

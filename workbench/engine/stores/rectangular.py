@@ -49,7 +49,7 @@ class RectangularStore:
 
     @property
     def side(self) -> dict[str, torch.Tensor]:
-        """`[B, H, N]` each: what is kept beside K and V, by name."""
+        """`[B, H, N]` each, or `[B, H, N, W]`: what is kept beside K and V, by name."""
         return {name: self._buffers[name][:, :, : self.length] for name in self.declared}
 
     @property
@@ -101,7 +101,7 @@ class RectangularStore:
         return (self.positions >= 0).sum((1, 2)).tolist()
 
     def put_side(self, name: str, tensor: torch.Tensor) -> None:
-        """Sets what is kept beside K and V under a name to `[B, H, N]`."""
+        """Sets what is kept beside K and V under a name, of all slots."""
         self._buffers[name][:, :, : self.length] = tensor
 
     def replace_side(self, wanted: Mapping[str, Side]) -> None:
@@ -259,8 +259,8 @@ def _end_to_end(buffers: list[torch.Tensor]) -> torch.Tensor:
 
 
 def filled(like: torch.Tensor, side: Side) -> torch.Tensor:
-    """Side state at its fill, in the shape of a buffer of positions."""
-    return torch.full_like(like, side.fill, dtype=side.dtype, memory_format=torch.contiguous_format)
+    """Side state at its fill, for the slots of a buffer of positions."""
+    return torch.full((*like.shape, *side.shape), side.fill, dtype=side.dtype, device=like.device)
 
 
 def slack(length: int) -> int:

@@ -156,7 +156,7 @@ def recent(state: LayerState, count: torch.Tensor) -> torch.Tensor:
 def observe_window(state: LayerState, window: int) -> torch.Tensor:
     """Attention of the last `window` queries over all held tokens, `[B, Hq, W, N]`: softmax over every visible key."""
     queries = state.queries[:, :, -window:]
-    occupied = state.occupied if bool((state.positions < 0).any()) else None
+    occupied = None if bool(state.occupied.all()) else state.occupied
     rows = attention_rows(queries, state.keys, state.scaling, occupied=occupied)
     return rows.flatten(1, 2)
 

@@ -79,7 +79,9 @@ class CAKE(CacheMethod):
         entropy = -(seen * (seen + 1e-10).log()).sum((1, 2, 3), dtype=torch.float64)
         shift = (variance * before).sum((1, 2), dtype=torch.float64)
         preference = entropy.clamp(min=0) ** (1 / self.tau1) * shift ** (1 / self.tau2)
-        return {_SCORE: self._pooled(mean + self.gamma * variance, windows, state), REPORT: preference}
+        order = state.positions.argsort(dim=-1, stable=True)
+        pooled = self._pooled(mean + self.gamma * variance, windows, state, order)
+        return {_SCORE: torch.empty_like(pooled).scatter_(-1, order, pooled), REPORT: preference}
 
     def observation_cost(self, state: LayerState) -> tuple[int, int]:
         """One pass of the window's queries over the keys: `2 Hq W N D` FLOPs; keys read, attention and scores written."""
@@ -102,13 +104,13 @@ class CAKE(CacheMethod):
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """The window and the best of the other tokens: by the scores kept beside them, or by the newest query's attention."""
-        if state.dividing:
-            scores = state.side[_SCORE]
-        else:
-            scores = self._pooled(observe_window(state, 1)[:, :, 0], self._windows(state), state)
         # Of few tokens each is the others' neighbour and the means are equal, so ties are broken in the order of the text.
         order = state.positions.argsort(dim=-1, stable=True)
-        stays = keep_top(scores.gather(-1, order), state.capacity, state.occupied.gather(-1, order))
+        if state.dividing:
+            scores = state.side[_SCORE].gather(-1, order)
+        else:
+            scores = self._pooled(observe_window(state, 1)[:, :, 0], self._windows(state), state, order)
+        stays = keep_top(scores, state.capacity, state.occupied.gather(-1, order))
         return torch.empty_like(stays).scatter_(-1, order, stays)
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
@@ -123,13 +125,15 @@ class CAKE(CacheMethod):
         """`[B]` queries that vote in each row."""
         return torch.tensor([self._window(prompt) for prompt in state.prompt_tokens.tolist()], device=state.keys.device)
 
-    def _pooled(self, scores: torch.Tensor, windows: torch.Tensor, state: LayerState) -> torch.Tensor:
-        """Scores `[B, Hq, N]` of the tokens before the window, each the mean of its neighbours' in the text, `[B, H, N]`."""
-        is_window = recent(state, windows)
+    def _pooled(self, scores: torch.Tensor, windows: torch.Tensor, state: LayerState, order: torch.Tensor) -> torch.Tensor:
+        """Scores `[B, Hq, N]` of the tokens before the window, each the mean of its neighbours' in the text.
+
+        Returned are `[B, H, N]` in the order of the text, which `order` says.
+        """
         group = scores.shape[1] // state.keys.shape[1]
-        order = state.positions.argsort(dim=-1, stable=True).repeat_interleave(group, 1)
-        in_text = scores.masked_fill(is_window.repeat_interleave(group, 1), 0).gather(-1, order)
-        pooled = torch.empty_like(scores).scatter_(-1, order, pool_scores(in_text, "avg", _KERNEL))
+        is_window = recent(state, windows).gather(-1, order)
+        in_text = scores.gather(-1, order.repeat_interleave(group, 1)).masked_fill(is_window.repeat_interleave(group, 1), 0)
+        pooled = pool_scores(in_text, "avg", _KERNEL)
         return reduce_heads(pooled, state.keys.shape[1]).masked_fill(is_window, torch.inf)
 
 

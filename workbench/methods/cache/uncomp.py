@@ -25,6 +25,8 @@ from workbench.methods.cache.base import (
 )
 from workbench.methods.cache.budgets import stage_size, stages, two_groups
 
+_ROWS = "rows"
+
 
 @register
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class UNComp(CacheMethod):
     @property
     def side(self) -> Mapping[str, Side]:
         """Attention from each of the last queries, oldest first."""
-        return {f"row {number}": Side() for number in range(self.window)}
+        return {_ROWS: Side(shape=(self.window,))}
 
     def calibrate(self, samples: Iterable[Sample]) -> dict[str, torch.Tensor]:
         """`entropy` `[L, H]` of a kv head's queries, a text on average; `high` `[L, H]`, the half that is higher most often."""
@@ -116,14 +118,14 @@ class UNComp(CacheMethod):
         """The rows of the last queries: those of this call, and before them what is left of the earlier ones."""
         new = reduce_heads(observe_window(state, self.window), state.keys.shape[1])
         asking = state.positions[:, :1, -new.shape[2] :] >= 0
-        earlier = torch.stack([state.side[name] for name in self.side], 2)
+        earlier = state.side[_ROWS].movedim(3, 2)
         rows = torch.cat([earlier, new * asking[..., None]], 2)[:, :, -self.window :]
-        return dict(zip(self.side, rows.unbind(2), strict=True))
+        return {_ROWS: rows.movedim(2, 3)}
 
     def observation_cost(self, state: LayerState) -> tuple[int, int]:
         """The window's queries of the call over the keys: `2 Hq W N D` FLOPs; keys read, rows written, earlier ones moved."""
         flops, moved = observing_cost(state, self.window)
-        return flops, moved + 2 * sum(tensor.nbytes for tensor in state.side.values())
+        return flops, moved + 2 * state.side[_ROWS].nbytes
 
     def keep(self, state: LayerState) -> torch.Tensor:
         """The window, and before it what its queries attend to most, in each head as many as its group allows."""
@@ -141,11 +143,10 @@ class UNComp(CacheMethod):
 
     def _votes(self, state: LayerState) -> torch.Tensor:
         """`[B, H, N]` what each token got from the window's queries."""
-        return torch.stack([state.side[name] for name in self.side]).sum(0)
+        return state.side[_ROWS].movedim(3, 0).contiguous().sum(0)  # oldest query first, however long the cache is
 
     def _keep(self, state: LayerState, votes: torch.Tensor) -> torch.Tensor:
-        counts = self._counts(state)
-        windows = torch.minimum(counts.amin(1) // 2, state.newest.view(-1) + 1).clamp(1, self.window)
+        counts, windows = self._counts(state)
         in_window = recent(state, windows)
         scores = votes.masked_fill(in_window, 0)
         # Neighbours are those in the text, of the tokens held; pooling makes them equal, so ties break in that order, too.
@@ -157,14 +158,17 @@ class UNComp(CacheMethod):
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
         """The rows are read."""
-        return 0, sum(tensor.nbytes for tensor in state.side.values())
+        return 0, state.side[_ROWS].nbytes
 
-    def _counts(self, state: LayerState) -> torch.Tensor:
-        """`[B, H]` tokens each head keeps."""
+    def _counts(self, state: LayerState) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, H]` tokens each head keeps, and `[B]` those of them that are the window."""
         high = self.table("high", state).tolist()
-        rows = zip(state.capacity.tolist(), state.prompt_tokens.tolist(), strict=True)
+        prompts = state.prompt_tokens.tolist()
+        rows = zip(state.capacity.tolist(), prompts, strict=True)
         counts = [two_groups(high, capacity, max(prompt, capacity), self.ratio) for capacity, prompt in rows]
-        return torch.tensor(counts, device=state.keys.device)
+        seen = [prompt + state.since_prompt for prompt in prompts]
+        windows = [max(1, min(min(row) // 2, there, self.window)) for row, there in zip(counts, seen, strict=True)]
+        return torch.tensor(counts, device=state.keys.device), torch.tensor(windows, device=state.keys.device)
 
 
 def matrix_entropy(states: torch.Tensor, rank: float) -> torch.Tensor:
