@@ -66,7 +66,7 @@ def test_a_port_that_is_taken_is_said():
         other.listen()
         with pytest.raises(wb.UserError, match=r"Cannot listen on .*; choose another port with --port"):
             check_lab(other.getsockname()[1])
-    with pytest.raises(wb.UserError, match="Cannot listen on 127.0.0.1:70000"):
+    with pytest.raises(wb.UserError, match=r"Cannot listen on 127\.0\.0\.1:70000"):
         check_lab(70000)
 
 

@@ -79,6 +79,23 @@ def test_both_futures_of_a_branch_are_drawn(visitor):
     visitor.see("<b>And then?</b>")
 
 
+def test_others_wait_in_line_and_a_closed_tab_frees_the_model(browser, address, visitor):
+    other = browser.new_context()
+    first = Visitor(other.new_page(), address)
+    first.open()
+    first.fill("Tokens to decode", 5000)
+    first.press("Run")
+    first.see("Running.")
+    visitor.open()
+    visitor.fill("Tokens to decode", 5)
+    visitor.press("Run")
+    visitor.see("1 before you")
+    assert not visitor.figures()
+    other.close()
+    visitor.see("Idle.")
+    assert visitor.figure("KV cache")["traces"]
+
+
 def test_a_comparison_is_kept_under_its_link(visitor):
     visitor.open("compare")
     visitor.fill("Context", 128)
