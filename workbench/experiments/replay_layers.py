@@ -104,7 +104,7 @@ def follow(recording: Recording, policy: CachePolicy, chosen: Sequence[LayerTens
     gone = {each.layer: each.gone for each in seen}
     prompts = [prompt] * num_rows
     call = _Noting(TraceWriter({}), gone=gone, capacity=capacity, prompt_tokens=prompts, divided_at=prompts)
-    layers = [EngineLayer(each.layer, anatomy, policy, call) for each in seen]
+    layers = [_Layer(each.layer, anatomy, policy, call) for each in seen]
     appoint(leaders(layers, policy))
     for layer, each in zip(layers, seen, strict=True):
         layer.rotation = rotation(each.rows[0])
@@ -117,6 +117,13 @@ def follow(recording: Recording, policy: CachePolicy, chosen: Sequence[LayerTens
         for layer, each in zip(layers, seen, strict=True):
             _feed(layer, each, start, stop)
     return {row.layer: followed for each in seen for row, followed in zip(each.rows, each.followed(), strict=True)}
+
+
+class _Layer(EngineLayer):
+    """A layer of which only what it decides matters."""
+
+    def _record(self, op: str, op_tokens: int, extra_flops: int = 0, extra_bytes: int = 0) -> None:
+        """No one reads what a replay costs."""
 
 
 @dataclass
