@@ -120,7 +120,10 @@ def follow(recording: Recording, policy: CachePolicy, chosen: Sequence[LayerTens
 
 
 class _Layer(EngineLayer):
-    """A layer of which only what it decides matters."""
+    """A layer of which only what it decides matters, neither its memory nor its trace."""
+
+    def _flatten(self) -> None:
+        """Heads that hold less keep empty slots, since one length for all takes less work."""
 
     def _record(self, op: str, op_tokens: int, extra_flops: int = 0, extra_bytes: int = 0) -> None:
         """No one reads what a replay costs."""

@@ -152,7 +152,7 @@ class UNComp(CacheMethod):
         positions, order = state.positions.sort(dim=-1, stable=True)
         in_text = dataclasses.replace(state, positions=positions)
         in_window = recent(in_text, windows)
-        pooled = pool_scores(votes.gather(-1, order).masked_fill(in_window, 0), "max", self.kernel)
+        pooled = pool_scores(votes.gather(-1, order).masked_fill(in_window | ~in_text.occupied, 0), "max", self.kernel)
         stays = keep_top(pooled.masked_fill(in_window, torch.inf), counts, in_text.occupied)
         return torch.empty_like(stays).scatter_(-1, order, stays)
 
