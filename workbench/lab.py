@@ -6,10 +6,10 @@ import filecmp
 import importlib.util
 import os
 import shutil
-import socket
 from pathlib import Path
 
 from workbench.errors import UserError
+from workbench.ports import check_free
 
 HOST = "127.0.0.1"
 _PACKAGE = Path(__file__).parent
@@ -44,14 +44,7 @@ def check_lab(port: int) -> None:
     """Raises UserError if JupyterLab is not installed, or the port is not free."""
     if importlib.util.find_spec("jupyterlab") is None:
         raise UserError("JupyterLab is not installed; install the extra with pip install 'workbench-llm[notebook]'.")
-    if not 1 <= port <= 65535:
-        raise UserError(f"--port cannot be {port}; give a number from 1 to 65535.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise UserError(f"Port {port} cannot be used ({error.strerror}); give another with --port.") from None
+    check_free(HOST, port)
 
 
 def start_lab(folder: Path, port: int, browser: bool) -> None:

@@ -17,11 +17,17 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 """Names a browser is looked for by."""
 
 
+def chromium() -> str:
+    """Where Chromium is. Raises UserError if there is none."""
+    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if found is None:
+        raise UserError("There is no Chromium here to take a picture with; install one.")
+    return found
+
+
 def photograph(page: Path, picture: Path, width: int, height: int) -> Path:
     """Takes a picture of a page, `width` x `height` pixels, and returns its path. Raises UserError if there is no Chromium."""
-    browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if browser is None:
-        raise UserError(f"No picture of {page} was taken: there is no Chromium here; install one.")
+    browser = chromium()
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},{height}"]
     subprocess.run([browser, *flags, f"--screenshot={picture}", page.resolve().as_uri()], check=True, capture_output=True)
     return picture

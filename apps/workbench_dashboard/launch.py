@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import socket
 from pathlib import Path
 
 from workbench.errors import UserError
 from workbench.plots.look import LIGHT
+from workbench.ports import check_free
 
 APP = Path(__file__).parent / "app.py"
 UPLOAD_MB = 200
@@ -33,20 +33,8 @@ def launch(host: str, port: int) -> None:
     check_free(host, port)
     from streamlit.web.cli import main
 
+    import workbench.live  # noqa: F401 (torch and transformers, for which the first visitor would have to wait)
+
     options = {**OPTIONS, "server.address": host, "server.port": str(port)}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     main(["run", str(APP), *arguments], standalone_mode=False)
-
-
-def check_free(host: str, port: int) -> None:
-    """Raises UserError if nothing can listen there, which Streamlit would say in the log, or answer by taking another port."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((address[0], port, *address[2:]))
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"Cannot listen on {host}:{port} ({reason}); choose another with --port N (1024 to 65535) and --host H."
-        ) from None

@@ -27,6 +27,12 @@ def visitor(page, address):
     assert not page.evaluate("window.harmed")
 
 
+def ask(visitor: Visitor, query: str) -> None:
+    visitor.page.get_by_label("One SELECT over the tables").fill(query)
+    visitor.press("Run")
+    visitor.rest()
+
+
 def kept(figure: dict) -> float:
     return sum(map(sum, figure["traces"][0]["z"]))
 
@@ -34,7 +40,7 @@ def kept(figure: dict) -> float:
 def test_a_live_run_with_a_swap_in_the_middle(visitor):
     visitor.open()
     visitor.choose("Cache method", "snapkv")
-    visitor.fill("Tokens to decode", 400)
+    visitor.fill("Tokens to decode", 5000)
     visitor.press("Run")
     visitor.see("Running.")
     visitor.figure("KV cache")
@@ -43,9 +49,9 @@ def test_a_live_run_with_a_swap_in_the_middle(visitor):
     visitor.fill("Budget", 32)
     visitor.press("Change the method")
     visitor.see("run: streaming-llm(budget=32)")
-    visitor.see("Idle.")
-    visitor.rest()
     figure = visitor.until("KV cache", lambda figure: figure["notes"])
+    visitor.press("Stop")
+    visitor.see("Idle.")
     assert any("streaming-llm" in note for note in figure["notes"])
     held = [value for trace in figure["traces"] for value in trace["y"] or [] if value is not None]
     assert min(held) < max(held) / 4  # the curve bends: SnapKV held a fifth of 512 tokens and what came, and now 32 are held
@@ -106,8 +112,23 @@ def test_a_trace_is_opened(visitor, tmp_path):
     visitor.open("trace")
     visitor.fill("Folder", next(tmp_path.iterdir()))
     assert visitor.figure("KV cache")["traces"]
-    visitor.press("SQL")
-    visitor.page.get_by_label("SQL").first.screenshot()
+    visitor.page.get_by_text("SQL", exact=True).click()
+    ask(visitor, "SELECT count(*) AS num_steps FROM steps")
+    visitor.page.get_by_text("num_steps").first.wait_for(state="attached")  # tables are drawn on a canvas
+    elsewhere = tmp_path / "written.csv"
+    ask(visitor, f"COPY steps TO '{elsewhere}'")
+    visitor.see("SELECT")
+    assert not elsewhere.exists()
+
+
+def test_a_broken_upload_is_one_sentence(visitor):
+    visitor.open("trace")
+    visitor.page.locator("input[type=file]").set_input_files(
+        {"name": "run.zip", "mimeType": "application/zip", "buffer": b"PK\x03\x04 no more than this"}
+    )
+    alert = visitor.page.get_by_role("alert")
+    alert.wait_for()
+    assert "zip" in alert.inner_text() and "Traceback" not in visitor.page.inner_text("body")
 
 
 def test_a_what_if(visitor):

@@ -10,6 +10,7 @@ import workbench as wb
 from workbench.cost.crossover import crossover
 from workbench.experiments.planned import planned
 from workbench.models.anatomy import anatomy_of
+from workbench.plots.theme import human_seconds
 from workbench.testing import random_qwen_moe
 
 HTML = "<b onclick=alert(1)>"
@@ -24,7 +25,7 @@ def test_predicted_time_is_all_of_each_step():
         assert figure.data[0].y[place].startswith(f"{phase}: ")
     of_mlp = prediction.table.set_index(["phase", "component"]).loc[("decode", "experts"), "predicted_s"]
     (experts,) = [bar for bar in figure.data if bar.name == "experts"]
-    assert experts.customdata[1][0] == pytest.approx(of_mlp / 8)
+    assert experts.customdata[1][0] == human_seconds(of_mlp / 8)
     assert HTML not in figure.to_json() and HTML.encode("unicode-escape").decode() not in figure.to_json()
 
 

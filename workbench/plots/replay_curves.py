@@ -74,9 +74,8 @@ def replay_curves(replay: Replay, check: Check | None = None, y: str = "mass_ret
         title += f"<br><sub>{plain(check)}</sub>"
     style(figure, title, "budget (share of the prompt)", NAMES[y], height=520)
     if many:
-        figure.update_layout(
-            legend={"orientation": "v", "x": 1.01, "y": 1, "yref": "paper", "yanchor": "top"}, margin={"r": 190}
-        )
+        beside = {"orientation": "v", "x": 1.01, "y": 1, "yref": "paper", "yanchor": "top"}
+        figure.update_layout(legend=beside, margin={"r": 190}, height=max(520, 150 + 30 * len(drawn)))
     return figure.update_layout(margin={"t": 70})
 
 
