@@ -27,10 +27,12 @@ def append(store, start, count, batch=2, heads=3, dim=4):
     mass = store.side["mass"]
     mass[..., -count:] = code
     store.put_side("mass", mass)
+    if "row" in store.declared:
+        store.put_side("row", torch.stack([mass, -mass], -1))
 
 
-def filled(length=20) -> RaggedStore:
-    store = RectangularStore({"mass": Side()})
+def filled(length=20, **side) -> RaggedStore:
+    store = RectangularStore({"mass": Side(), **side})
     append(store, 0, length)
     return RaggedStore.of(store)
 
@@ -43,6 +45,8 @@ def check(store):
     assert torch.equal((store.keys[..., 0] - code)[held], positions[held].float())
     assert torch.equal(store.values[held], -store.keys[held])
     assert torch.equal(store.side["mass"][held], store.keys[..., 0][held])
+    if "row" in store.declared:
+        assert torch.equal(store.side["row"][held], torch.stack([store.keys[..., 0], -store.keys[..., 0]], -1)[held])
     assert store.held_tokens() == int(held.sum())
     assert store.held_by_row() == held.sum(-1).amax(1).tolist() and store.total_by_row() == held.sum((1, 2)).tolist()
 
@@ -56,7 +60,7 @@ def sets(store):
 def test_random_life(seed, share):
     """Appends and evictions in random order, against a set of positions per head; a clone and a padded copy agree."""
     generator = torch.Generator().manual_seed(seed)
-    store = filled()
+    store = filled(row=Side(shape=(2,)))
     expected, seen = sets(store), 20
     for _ in range(12):
         count = int(torch.randint(1, 4, (1,), generator=generator))

@@ -9,8 +9,8 @@ from workbench.engine.policy import Side
 from workbench.engine.stores.rectangular import SLACK, RectangularStore
 
 
-def filled(batch=2, heads=3, length=20, dim=4) -> RectangularStore:
-    store = RectangularStore({"mass": Side()})
+def filled(batch=2, heads=3, length=20, dim=4, **side) -> RectangularStore:
+    store = RectangularStore({"mass": Side(), **side})
     append(store, 0, length, batch, heads, dim)
     return store
 
@@ -22,6 +22,8 @@ def append(store, start, count, batch=2, heads=3, dim=4):
     keys = code[..., None].expand(-1, -1, -1, dim).contiguous()
     store.append(keys, -keys, positions, has_padding=False)
     store.side["mass"][..., -count:] = code
+    if "row" in store.declared:
+        store.side["row"][:, :, -count:] = torch.stack([code, -code], -1)
 
 
 def check(store):
@@ -30,13 +32,15 @@ def check(store):
     assert torch.equal((store.keys[..., 0] - code)[held], store.positions[held].float())
     assert torch.equal(store.values, -store.keys)
     assert torch.equal(store.side["mass"][held], store.keys[..., 0][held])
+    if "row" in store.declared:
+        assert torch.equal(store.side["row"][held], torch.stack([store.keys[..., 0], store.values[..., 0]], -1)[held])
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_life(seed):
     """Appends and evictions in random order, uneven heads and rows included, against a set of positions per head."""
     generator = torch.Generator().manual_seed(seed)
-    store = filled()
+    store = filled(row=Side(shape=(2,)))
     expected = [[set(range(20)) for _ in range(3)] for _ in range(2)]
     seen = 20
     for _ in range(12):

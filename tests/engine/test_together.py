@@ -9,7 +9,7 @@ import workbench as wb
 from workbench.methods import parse_method
 from workbench.testing import ids, random_llama
 
-ROWWISE = ["tova:budget=9", "streaming-llm:budget=9", "h2o:budget=9", "lazy-eviction:budget=9,window=3"]
+ROWWISE = ["tova:budget=9", "streaming-llm:budget=9", "h2o:budget=9", "lazy-eviction:budget=9,window=3", "mpcache:budget=2"]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 import workbench as wb
 import workbench.experiments.replay as replaying
 from workbench.engine.policy import FORESIGHT, THINNING
+from workbench.experiments.replay_layers import follow
 from workbench.methods import METHODS
 from workbench.models.lookahead import Lookahead, lookahead_folder
 from workbench.testing import calibrate_all, ids, random_llama, random_model
@@ -216,6 +217,19 @@ def test_budgets_replayed_together_are_those_replayed_alone(recording, method):
     for budget, point in zip(budgets, together.points, strict=True):
         (alone,) = wb.replay(recording, [method], [budget]).points
         assert np.array_equal(point.gone, alone.gone) and np.array_equal(point.held_bytes, alone.held_bytes)
+
+
+@pytest.mark.parametrize("name", [cls.name for cls in SERVED if cls.rowwise])
+def test_layers_followed_as_rows_of_a_batch_are_those_followed_alone(recording, name):
+    method = small(METHODS[name], budget=0.3)
+    together = follow(recording, method, recording.layers)
+    for layer in recording.layers:
+        alone, beside = follow(recording, method, [layer])[layer.layer], together[layer.layer]
+        for field in dataclasses.fields(alone):
+            one, other = getattr(alone, field.name), getattr(beside, field.name)
+            assert (one is None and other is None) or one.dtype == other.dtype
+            if one is not None:
+                torch.testing.assert_close(one, other)
 
 
 def test_layers_side_by_side_give_what_they_give_one_after_another(recording):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -55,7 +56,7 @@ def decided(method, queries, keys, capacity):
     """The preference and the mask of one layer."""
     seen = state(queries, keys, capacity)
     observed = method.observe(seen)
-    mask = method.keep(LayerState(**{**vars(seen), "queries": None, "side": {"score": observed["score"]}}))
+    mask = method.keep(dataclasses.replace(seen, queries=None, side={"score": observed["score"]}))
     return observed["report"], mask
 
 

@@ -321,6 +321,21 @@ def test_uncomp_keeps_what_a_plain_loop_over_the_last_rows_keeps(tiny):
         assert [sorted(set(head.tolist()) - {-1}) for head in store.positions[0]] == held
 
 
+def test_what_lies_in_empty_slots_lends_nothing_to_the_first_tokens():
+    """The shorter head's empty slots come first, and pooling must not take them for neighbours."""
+    method = told(wb.UNComp(budget=8, window=2, kernel=3), high=[[False, True]])
+    rows = torch.rand(1, 2, 12, 2, generator=torch.Generator().manual_seed(1))
+    rows[0, 0, 4:6] = 0
+    positions = torch.arange(12, dtype=torch.int32).repeat(1, 2, 1)
+    positions[0, 0, :4] = -1
+    state = dataclasses.replace(layer_state(8, length=12), positions=positions, side={"rows": rows})
+    masks = []
+    for left_over in (0.0, 100.0):
+        rows[0, 0, :4] = left_over
+        masks.append(method.keep(state))
+    assert torch.equal(*masks) and masks[0].sum(-1).tolist() == [[5, 11]]
+
+
 def test_uncomp_side_state_is_counted(tiny):
     session = uncomp_session(tiny, 2, [False, True], budget=12, window=4)
     session.prefill(ids(40))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_heads_share_one_set_with_the_sinks_and_the_newest():
     seen = state([0.1, 0.2, 9.0, 0.3, 8.0, 0.4, 7.0, 0.05], share=5)
     mass = seen.mass.clone()
     mass[0, 1] = torch.tensor([0, 0, 0, 20.0, 0, 0, 0, 0])  # the other head's favourite counts as much
-    mask = wb.PrefixKV(sinks=2).keep(LayerState(**{**vars(seen), "mass": mass}))
+    mask = wb.PrefixKV(sinks=2).keep(dataclasses.replace(seen, mass=mass))
     assert mask[0, 0].nonzero().flatten().tolist() == [0, 1, 2, 3, 7] and torch.equal(mask[0, 0], mask[0, 1])
 
 

@@ -116,6 +116,18 @@ def test_bounds_kept_up_to_date_equal_those_computed_anew(calls):
                 assert torch.equal(one.lowest[row, :, page], inside.amin(1))
 
 
+def test_a_row_that_reads_everything_lets_others_read_less():
+    store, pages = RectangularStore(), Pages((4,))
+    keys = torch.randn(2, 2, 10, 4, generator=torch.Generator().manual_seed(0))
+    store.append(keys, keys, torch.arange(10, dtype=torch.int32).expand(2, -1), has_padding=False)
+    pages.add(store, 10)
+    chosen = torch.tensor([[[True, True, True], [False, True, False]], [[False, True, False], [True, False, False]]])
+    source = pages.gather(store, chosen)
+    read = [[sorted(set(head.tolist()) - {-1}) for head in row] for row in source.positions]
+    assert read == [[list(range(10))] * 2, [[4, 5, 6, 7], [0, 1, 2, 3]]]
+    assert pages.gather(store, chosen[:, :1] | chosen[:1, :1]) is None
+
+
 @pytest.mark.parametrize("share_heads", [True, False])
 @pytest.mark.parametrize("page", [1, 4, 16])
 def test_quest_equals_a_masked_full_cache(lm, page, share_heads):

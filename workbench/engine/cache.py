@@ -397,10 +397,15 @@ class EngineLayer(CacheLayerMixin):
         dropped = torch.where(keep, -1, state.positions)
         num_dropped = int((dropped >= 0).sum())
         into = self._merge(state, keep) if num_dropped and self.policy.merges else None
-        if num_dropped and self.policy.ragged and isinstance(self.store, RectangularStore):
-            self.store = RaggedStore.of(self.store)
+        if num_dropped and self.policy.ragged:
+            self._flatten()
         if num_dropped or num_absent:
             self._evicted(dropped, num_dropped, self.store.keep(keep) if num_dropped else 0, num_absent, into)
+
+    def _flatten(self) -> None:
+        """From here on each head takes memory for no more tokens than it holds."""
+        if isinstance(self.store, RectangularStore):
+            self.store = RaggedStore.of(self.store)
 
     def _merge(self, state: LayerState, keep: torch.Tensor) -> torch.Tensor:
         """Lets what leaves change K and V of what stays. Returns the positions it was merged into, -1 for none."""

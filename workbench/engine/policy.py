@@ -159,7 +159,7 @@ class CachePolicy(Protocol):
     """Whether each kv head may keep a number of its own; the capacity then is the mean over the heads of a layer."""
     rowwise: bool
     """Whether it looks at one row at a time and, of what differs between layers, at capacity, K, V, queries and side state
-    alone: then the decode-time decisions of all layers may be made in one go, their rows as the rows of one batch."""
+    alone: then what all layers decide at a decode step may be decided in one go, their rows as the rows of one batch."""
     side: Mapping[str, Side]
     """What it keeps for each token beside K and V."""
     observes: frozenset[str]

@@ -82,11 +82,17 @@ class Pages:
         return tuple(levels)
 
     def gather(self, store: RectangularStore, chosen: torch.Tensor) -> Source | None:
-        """K and V of the chosen pages `[B, S, P]` bool, S a multiple of H; None if these are all there are."""
+        """K and V of the chosen pages `[B, S, P]` bool, S a multiple of H; None if these are all there are.
+
+        A row one of whose heads reads all pages reads all of them in each head.
+        """
         size, num_slots = self.sizes[-1], store.length
-        count = int(chosen.sum(-1).max())
-        if count == chosen.shape[2]:
+        by_row, num_pages = chosen.sum(-1).amax(1), chosen.shape[2]
+        fewest, count = (int(each) for each in by_row.aminmax())
+        if fewest == num_pages:
             return None
+        if count == num_pages:  # some rows, not all
+            chosen = chosen | (by_row == num_pages)[:, None, None]
         pages = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :count]
         heads = torch.arange(chosen.shape[1], device=pages.device) // (chosen.shape[1] // store.keys.shape[1])
         within = torch.arange(size, device=pages.device)

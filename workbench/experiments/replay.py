@@ -26,7 +26,7 @@ from workbench.engine.policy import FORESIGHT, MASS, QUERIES, ROTATION, THINNING
 from workbench.engine.stores.rectangular import RectangularStore
 from workbench.errors import UserError
 from workbench.experiments.rehearsed import continues, rehearsal_of
-from workbench.experiments.replay_layers import Followed, check_complete, follow, is_tied, needs_layers, rotation
+from workbench.experiments.replay_layers import Followed, check_complete, follow, goes_together, needs_layers, rotation
 from workbench.methods.base import Budget, Method, parse_method
 from workbench.methods.cache.base import CacheMethod
 from workbench.probes.memory import free_bytes
@@ -59,8 +59,8 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
         raise UserError("There is nothing to replay: give at least one method and one budget.")
     _check_room(recording, families)
     with torch.inference_mode():
-        tied = [policy for family in families for policy in family if is_tied(recording, policy)]
-        together = {policy.label: follow(recording, policy, recording.layers) for policy in tied}
+        at_once = [policy for family in families for policy in family if goes_together(recording, policy)]
+        together = {policy.label: follow(recording, policy, recording.layers) for policy in at_once}
 
     def work(layer: LayerTensors) -> list[_Replayed]:
         scene = _scene(recording, layer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -76,25 +77,56 @@ def check_complete(recording: Recording, policy: CachePolicy) -> None:
         )
 
 
+def goes_together(recording: Recording, policy: CachePolicy) -> bool:
+    """Whether all layers of a recording have to be followed at once, or take less work then."""
+    return is_tied(recording, policy) or (needs_layers(policy) and policy.rowwise and are_alike(recording.layers))
+
+
+def are_alike(layers: Sequence[LayerTensors]) -> bool:
+    """Whether layers may be fed as the rows of a batch: nothing differs between them but what q, k and v hold."""
+    first = layers[0]
+    return all(each.sinks is None and _form(each) == _form(first) for each in layers)
+
+
+def _form(layer: LayerTensors) -> tuple:
+    shapes = layer.queries.shape, layer.keys.shape, layer.values.shape
+    return *shapes, layer.scaling, layer.softcap, layer.frequencies, layer.interleaved
+
+
 def follow(recording: Recording, policy: CachePolicy, chosen: Sequence[LayerTensors]) -> dict[int, Followed]:
-    """What a policy does with the chosen layers: all of the recording if it ties them."""
+    """What a policy does with the chosen layers: all of the recording if they go together."""
     anatomy, prompt, steps = recording.trace.anatomy, recording.prompt_tokens, recording.steps
-    seen = [_Seen(tensors, recording, policy) for tensors in chosen]
-    gone = {each.tensors.layer: each.gone_and_more for each in seen}
-    capacity = allocate(anatomy, policy, [prompt])
-    call = _Noting(TraceWriter({}), gone=gone, capacity=capacity, prompt_tokens=[prompt], divided_at=[prompt])
-    layers = [EngineLayer(tensors.layer, anatomy, policy, call) for tensors in chosen]
+    as_rows = policy.rowwise and not is_tied(recording, policy) and are_alike(chosen)
+    seen = [_Seen(rows, recording, policy) for rows in ([chosen] if as_rows else [[tensors] for tensors in chosen])]
+    num_rows = len(seen[0].rows)
+    each_layer = allocate(anatomy, policy, [prompt])
+    capacity = {each.layer: [each_layer[row.layer][0] for row in each.rows] for each in seen} if each_layer else {}
+    gone = {each.layer: each.gone for each in seen}
+    prompts = [prompt] * num_rows
+    call = _Noting(TraceWriter({}), gone=gone, capacity=capacity, prompt_tokens=prompts, divided_at=prompts)
+    layers = [_Layer(each.layer, anatomy, policy, call) for each in seen]
     appoint(leaders(layers, policy))
-    for layer, tensors in zip(layers, chosen, strict=True):
-        layer.rotation = rotation(tensors)
+    for layer, each in zip(layers, seen, strict=True):
+        layer.rotation = rotation(each.rows[0])
     for step in range(1 + (steps if "decode" in policy.acts or _changes_attention(policy) else 0)):
         start, stop = (0, prompt) if step == 0 else (prompt + step - 1, prompt + step)
-        call.step, call.phase, call.seen = step, "decode" if step else "prefill", [stop]
+        call.step, call.phase, call.seen = step, "decode" if step else "prefill", [stop] * num_rows
         call.kept, call.read = {}, {}
-        call.positions = torch.arange(start, stop, dtype=torch.int32, device=chosen[0].keys.device)[None]
+        positions = torch.arange(start, stop, dtype=torch.int32, device=chosen[0].keys.device)
+        call.positions = positions.expand(num_rows, -1)
         for layer, each in zip(layers, seen, strict=True):
             _feed(layer, each, start, stop)
-    return {tensors.layer: each.followed() for tensors, each in zip(chosen, seen, strict=True)}
+    return {row.layer: followed for each in seen for row, followed in zip(each.rows, each.followed(), strict=True)}
+
+
+class _Layer(EngineLayer):
+    """A layer of which only what it decides matters, neither its memory nor its trace."""
+
+    def _flatten(self) -> None:
+        """Heads that hold less keep empty slots, since one length for all takes less work."""
+
+    def _record(self, op: str, op_tokens: int, extra_flops: int = 0, extra_bytes: int = 0) -> None:
+        """No one reads what a replay costs."""
 
 
 @dataclass
@@ -102,56 +134,66 @@ class _Noting(Call):
     """A call that notes what layers drop where a replay looks for it."""
 
     gone: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By layer, as in `Followed`, with one column more, for what stays."""
+    """`[R, H, N + 1]` by layer: see `_Seen`."""
 
     def record_evictions(self, layers: Sequence[int], dropped: torch.Tensor, into: torch.Tensor | None = None) -> None:
-        """Notes the step at which tokens are gone. Arguments as in `Call`; there is one row."""
-        for layer, positions in zip(layers, dropped.long(), strict=True):
-            gone = self.gone[layer]
-            gone.scatter_(1, positions.where(positions >= 0, gone.shape[1] - 1), self.step)
+        """Notes the step at which tokens are gone. Arguments as in `Call`; there is one layer."""
+        (layer,), positions = layers, dropped.long()
+        gone = self.gone[layer]
+        gone.scatter_(2, positions.where(positions >= 0, gone.shape[2] - 1), self.step)
 
 
 class _Seen:
-    """What is noted of one layer, step by step."""
+    """What is noted step by step of one layer, or of R that are its rows. Shapes as in `Followed`."""
 
-    def __init__(self, tensors: LayerTensors, recording: Recording, policy: CachePolicy):
-        num_heads, total, _ = tensors.keys.shape
-        self.tensors, self.prompt = tensors, recording.prompt_tokens
-        shape = num_heads, total + 1
-        self.gone_and_more = torch.full(shape, recording.steps, dtype=torch.int32, device=tensors.keys.device)
-        self.gone = self.gone_and_more[:, :total]
+    def __init__(self, rows: Sequence[LayerTensors], recording: Recording, policy: CachePolicy):
+        first = rows[0]
+        self.rows, self.layer = rows, first.layer
+        self.queries, self.keys, self.values = (
+            torch.stack([getattr(row, name) for row in rows]) if len(rows) > 1 else getattr(first, name)[None]
+            for name in ("queries", "keys", "values")
+        )
+        num_heads, total, _ = first.keys.shape
+        shape = len(rows), num_heads, total + 1
+        self.gone = torch.full(shape, recording.steps, dtype=torch.int32, device=first.keys.device)
+        """`[R, H, N + 1]`, one column more for what stays."""
         self.attends, self.selects = _changes_attention(policy), policy.selects
         self._outputs: list[torch.Tensor] = []
         self._read: list[torch.Tensor] = []
 
+    def options(self, source: _Read) -> dict[str, Any]:
+        """Of the attention over what is read."""
+        return {"softcap": self.rows[0].softcap, "sinks": self.rows[0].sinks, "occupied": source.occupied}
+
     def note(self, query: torch.Tensor, source: _Read) -> None:
         """Attends over what a step reads, in float32 as replays do, and notes what that is."""
-        num_heads, total = self.gone.shape
-        options = {"softcap": self.tensors.softcap, "sinks": self.tensors.sinks, "occupied": source.occupied}
-        rows = attention_rows(query, source.keys, self.tensors.scaling, **options)[0]
-        self._outputs.append((rows[:, :, 0] @ source.values[0].float()).view(num_heads, -1, source.values.shape[3]))
+        num_rows, num_heads, more = self.gone.shape
+        attention = attention_rows(query, source.keys, self.rows[0].scaling, **self.options(source))
+        out = attention[:, :, :, 0] @ source.values.float()
+        self._outputs.append(out.view(num_rows, num_heads, -1, out.shape[-1]))
         if self.selects:
-            positions = source.positions[0].long()
-            read = torch.zeros(len(positions), total + 1, dtype=torch.bool, device=positions.device)
-            read.scatter_(1, positions.where(positions >= 0, total), True)
-            self._read.append(read[:, :total].view(num_heads, -1, total))
+            positions = source.positions.long()
+            read = torch.zeros(*positions.shape[:2], more, dtype=torch.bool, device=positions.device)
+            read.scatter_(2, positions.where(positions >= 0, more - 1), True)
+            self._read.append(read[..., :-1].view(num_rows, num_heads, -1, more - 1))
 
-    def followed(self) -> Followed:
-        """All of it."""
-        output = torch.stack(self._outputs, 2) if self._outputs else None
+    def followed(self) -> list[Followed]:
+        """All of it, row by row."""
+        count, gone = len(self.rows), self.gone[..., :-1]
+        outputs = torch.stack(self._outputs, 3) if self._outputs else [None] * count
         if not self._read:
-            return Followed(self.gone, output)
+            return [Followed(*each) for each in zip(gone, outputs, strict=True)]
         # A step that reads everything reads the same in all query heads of a group, whatever other steps do.
-        widest = max(read.shape[1] for read in self._read)
-        read = torch.stack([each.expand(-1, widest, -1) for each in self._read], 2)
-        return Followed(self.gone, output, read, torch.stack([each.sum() for each in self._read]))
+        widest = max(read.shape[2] for read in self._read)
+        read = torch.stack([each.expand(-1, -1, widest, -1) for each in self._read], 3)
+        tokens_read = torch.stack([each.sum((1, 2, 3)) for each in self._read], 1)
+        return [Followed(*each) for each in zip(gone, outputs, read, tokens_read, strict=True)]
 
 
 def _feed(layer: EngineLayer, seen: _Seen, start: int, stop: int) -> None:
     """Gives a layer the tokens of a call and lets the policy decide."""
-    tensors = seen.tensors
-    own = tensors.queries[None, :, start:stop]
-    new = [each[None, :, start:stop] for each in (tensors.keys, tensors.values)]
+    own, scaling = seen.queries[:, :, start:stop], seen.rows[0].scaling
+    new = [each[:, :, start:stop] for each in (seen.keys, seen.values)]
     # The store takes the prompt's memory and evicts in place, so what it is given then are copies.
     layer.update(*([each.clone() for each in new] if layer.call.phase == "prefill" else new))
     query, source = layer.source(own)
@@ -159,9 +201,8 @@ def _feed(layer: EngineLayer, seen: _Seen, start: int, stop: int) -> None:
         if seen.attends:
             seen.note(query, source)
         read = (query, source.keys) if isinstance(source, Source) else None
-        options = {"softcap": tensors.softcap, "sinks": tensors.sinks, "occupied": source.occupied}
-        layer.finish(own, tensors.scaling, read=read, **options)
+        layer.finish(own, scaling, read=read, **seen.options(source))
         return
     if layer.observing and MASS in layer.policy.needs:
-        layer.store.side[MASS].add_(tensors.prompt_mass)
-    layer.rule(own, tensors.scaling)
+        layer.store.side[MASS].add_(torch.stack([row.prompt_mass for row in seen.rows]))
+    layer.rule(own, scaling)

@@ -28,6 +28,7 @@ class MPCache(CacheMethod):
     name: ClassVar[str] = "mpcache"
     paper: ClassVar[str] = "Zeng et al. 2025, arXiv 2501.06807"
     needs: ClassVar[frozenset[str]] = frozenset({QUERIES})
+    rowwise: ClassVar[bool] = True
     selects: ClassVar[bool] = True
     deviations: ClassVar[tuple[str, ...]] = (
         "The budget is what a kv head reads at a decode step; ratio2 says which share of the tokens kept that is, so "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -147,13 +148,12 @@ class UNComp(CacheMethod):
 
     def _keep(self, state: LayerState, votes: torch.Tensor) -> torch.Tensor:
         counts, windows = self._counts(state)
-        in_window = recent(state, windows)
-        scores = votes.masked_fill(in_window, 0)
         # Neighbours are those in the text, of the tokens held; pooling makes them equal, so ties break in that order, too.
-        order = state.positions.argsort(dim=-1, stable=True)
-        pooled = pool_scores(scores.gather(-1, order), "max", self.kernel)
-        ranked = pooled.masked_fill(in_window.gather(-1, order), torch.inf)
-        stays = keep_top(ranked, counts, state.occupied.gather(-1, order))
+        positions, order = state.positions.sort(dim=-1, stable=True)
+        in_text = dataclasses.replace(state, positions=positions)
+        in_window = recent(in_text, windows)
+        pooled = pool_scores(votes.gather(-1, order).masked_fill(in_window | ~in_text.occupied, 0), "max", self.kernel)
+        stays = keep_top(pooled.masked_fill(in_window, torch.inf), counts, in_text.occupied)
         return torch.empty_like(stays).scatter_(-1, order, stays)
 
     def scoring_cost(self, state: LayerState) -> tuple[int, int]:
