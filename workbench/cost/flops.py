@@ -116,7 +116,12 @@ def attention_counts(trace: Trace) -> pd.DataFrame:
 def with_steps(rows: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     """The rows with phase and setup of their step, as categories: a long trace has millions of rows and few of either."""
     named = steps[["step", "phase", "setup"]].astype({"phase": "category", "setup": "category"})
-    return rows.merge(named, on="step")
+    numbers = pd.Index(steps["step"])
+    if not numbers.is_unique:  # several runs as one
+        return rows.merge(named, on="step")
+    place = numbers.get_indexer(rows["step"])
+    rows, place = rows[place >= 0], place[place >= 0]
+    return rows.assign(phase=named["phase"].array.take(place), setup=named["setup"].array.take(place))
 
 
 def _expert_rows(trace: Trace) -> list[pd.DataFrame]:

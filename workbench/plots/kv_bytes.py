@@ -7,20 +7,21 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 
 from workbench.cost.metrics import cache_bytes
+from workbench.plots.live_curve import evenly
 from workbench.plots.text import plain
 from workbench.plots.theme import method_colours, method_of, method_symbol, style
 from workbench.trace.trace import Trace
 
 
 def kv_bytes(traces: Trace | Mapping[str, Trace]) -> go.Figure:
-    """Cache bytes after each forward call, solid as allocated and dotted as the budget promises."""
+    """Cache bytes after each forward call, solid as allocated and dotted as the budget promises. Long runs are thinned."""
     if isinstance(traces, Trace):
         traces = {traces.setup: traces}
     colours = method_colours(list(traces))
     figure = go.Figure()
     shown: set[str] = set()
     for label, trace in traces.items():
-        held = cache_bytes(trace)
+        held = evenly(cache_bytes(trace))
         for column, dash, width in (("physical_bytes", "solid", 2.5), ("nominal_bytes", "dot", 1.5)):
             kind = column.removesuffix("_bytes")
             figure.add_scatter(

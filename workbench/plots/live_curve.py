@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -105,11 +105,15 @@ def _points(history: pd.DataFrame, column: str, quantity: _Quantity) -> pd.DataF
             "value": value.expanding().mean() if quantity.running else value,
         }
     )
+    return evenly(points, np.flatnonzero((points["setup"] != points["setup"].shift()).to_numpy()))
+
+
+def evenly(points: pd.DataFrame, stay: Sequence[int] = ()) -> pd.DataFrame:
+    """At most `MAX_POINTS` rows evenly from the first to the last, and those that stay whatever their number."""
     if len(points) <= MAX_POINTS:
         return points
     even = np.linspace(0, len(points) - 1, MAX_POINTS).round().astype(int)
-    swapped = np.flatnonzero((points["setup"] != points["setup"].shift()).to_numpy())
-    return points.iloc[np.union1d(even, swapped)]
+    return points.iloc[np.union1d(even, stay).astype(int)]
 
 
 def _add_run(figure, name, several, points, kind, line, colours, quantity) -> None:

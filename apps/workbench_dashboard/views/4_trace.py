@@ -48,8 +48,10 @@ with st.sidebar, errors_shown():
 if trace is None:
     st.info("Give the folder of a trace on the left, or upload a zip of it.")
 else:
-    summary(trace)
+    above = st.container()
     views(trace)
+    with above:  # last, since what a long trace costs takes longest to work out
+        summary(trace)
     with st.container(horizontal=True):
         st.download_button("Perfetto", partial(perfetto, trace), "trace.json", "application/json", key="trace.perfetto")
         st.download_button("Zip", partial(zip_of, trace), "trace.zip", "application/zip", key="trace.zipped")
