@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/workbench demo
 
 test: setup $(VENV)/.notebook $(VENV)/.dashboard
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dashboard
 	$(BIN)/ruff check .
