@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from workbench.errors import UserError
 
@@ -112,6 +110,7 @@ def profile(
     from workbench.engine.session import Session
     from workbench.methods import parse_method
     from workbench.models.load import load
+    from workbench.terminal import print_profile
 
     text = _prompt_text(prompt, prompt_file)
     chosen = parse_method(method)
@@ -144,16 +143,7 @@ def profile(
     if as_json:
         _print_json({"trace": str(out), "phases": phases})
         return
-    from workbench.plots.theme import human_bytes
-
-    table = Table(title=f"{model}, {session.setup.label}, {len(ids)} + {new_tokens} tokens", title_justify="left")
-    for name in ("phase", "tokens", "time", "FLOPs", "bytes moved", "KV held", "KV by budget"):
-        table.add_column(name, justify="left" if name == "phase" else "right")
-    for row in phases:
-        sizes = [human_bytes(row[name]) for name in columns[4:]]
-        table.add_row(row["phase"], str(row["tokens"]), f"{1000 * row['seconds']:.1f} ms", f"{row['flops']:.4g}", *sizes)
-    _out.print(table)
-    _out.print("Time and KV held are measured; FLOPs and bytes moved (fused) are modelled.", style="dim")
+    print_profile(f"{model}, {session.setup.label}, {len(ids)} + {new_tokens} tokens", phases)
     _out.print(f"Trace: {out}", highlight=False)
 
 
@@ -231,6 +221,7 @@ def hardware_sheets(
     """List the hardware sheets with their sources, or show one."""
     from workbench.cost.hardware import HARDWARE, THIS_MACHINE, this_machine_file
     from workbench.cost.hardware import hardware as sheet
+    from workbench.terminal import print_hardware
 
     if name is not None:
         chosen = [sheet(name)]
@@ -240,18 +231,7 @@ def hardware_sheets(
         found = [each.to_dict() for each in chosen]
         _print_json(found[0] if name is not None else found)
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column("hardware", no_wrap=True)
-    for column in ("fp32", "bf16", "fp8", "memory", "bandwidth"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("device", overflow="fold")
-    for each in chosen:
-        peaks = [
-            f"{each.peak_flops[dtype] / 1e12:.4g}" if dtype in each.peak_flops else "-" for dtype in ("fp32", "bf16", "fp8")
-        ]
-        table.add_row(each.name, *peaks, f"{each.memory_bytes / 1e9:.4g}", f"{each.bandwidth / 1e9:.4g}", escape(each.label))
-    _out.print(table)
-    _out.print("Peaks: dense TFLOP/s. Memory: GB. Bandwidth: GB/s. Sources: workbench hardware NAME.", style="dim")
+    print_hardware(chosen)
     if name is not None:
         for line in [*chosen[0].sources, *([chosen[0].note] if chosen[0].note else [])]:
             _out.print(line, highlight=False, soft_wrap=True)
@@ -352,6 +332,7 @@ def methods(
     """List the methods with their knobs."""
     from workbench.methods import METHODS, describe
     from workbench.methods.base import markdown_table
+    from workbench.terminal import print_methods
 
     if markdown:
         print(markdown_table())
@@ -360,16 +341,7 @@ def methods(
     if as_json:
         _print_json(described)
         return
-    table = Table(show_lines=True)
-    for name in ("method", "slot", "what it does", "knobs"):
-        table.add_column(name)
-    for entry in described:
-        knobs = "\n".join(f"{knob['name']}={knob['default']} [dim]{knob['unit']}[/dim]" for knob in entry["knobs"])
-        about = f"{entry['summary']}\n[dim]{entry['paper']}[/dim]"
-        if entry["calibrated_by"] is not None:
-            about += "\n[yellow]workbench calibrate[/yellow] once a model"
-        table.add_row(entry["name"], entry["slot"], about, knobs)
-    _out.print(table)
+    print_methods(described)
 
 
 @app.command()
@@ -386,6 +358,7 @@ def calibrate(
     from workbench.experiments.calibrate import calibrations
     from workbench.methods import parse_method
     from workbench.models.load import load
+    from workbench.terminal import print_calibrations
 
     chosen = [parse_method(text) for text in method or []]
     lm = load(model)
@@ -394,14 +367,7 @@ def calibrate(
         if as_json:
             _print_json({"model": model, "calibrations": known})
             return
-        table = Table(title=f"Methods that need a calibration, on {model}", title_justify="left")
-        for name in ("method", "calibrated", "with"):
-            table.add_column(name)
-        for name, about in known.items():
-            texts = f"{about['documents']} texts ({about['texts']}), {about['tokens']} tokens" if about else ""
-            todo = f"no: workbench calibrate --model {model} --method {name}"
-            table.add_row(name, "yes" if about else escape(todo), texts)
-        _out.print(table)
+        print_calibrations(model, known)
         return
     with _progress(as_json) as advance:
         found = [run(lm, each, on_progress=advance) for each in chosen]
@@ -417,6 +383,7 @@ def calibrate(
 @app.command()
 def workloads(as_json: Json = False) -> None:
     """List the workloads with their settings."""
+    from workbench.terminal import print_workloads
     from workbench.workloads import WORKLOADS
 
     listed = [
@@ -430,32 +397,20 @@ def workloads(as_json: Json = False) -> None:
     if as_json:
         _print_json(listed)
         return
-    table = Table(show_lines=True)
-    for name in ("workload", "what it does", "settings"):
-        table.add_column(name)
-    for entry in listed:
-        table.add_row(entry["name"], entry["summary"], "\n".join(f"{key}={value}" for key, value in entry["settings"].items()))
-    _out.print(table)
+    print_workloads(listed)
 
 
 @app.command()
 def models(as_json: Json = False) -> None:
     """List the models that need no hub."""
     from workbench.models.catalogue import catalogue
+    from workbench.terminal import print_models
 
     entries = catalogue()
     if as_json:
         _print_json(entries)
         return
-    table = Table()
-    for name in ("model", "class", "parameters", "layers", "context", "ready"):
-        table.add_column(name)
-    for entry in entries:
-        shape = [
-            str(entry[key] if entry[key] is not None else "?") for key in ("class_name", "parameters", "layers", "context")
-        ]
-        table.add_row(entry["name"], *shape, "yes" if entry["ready"] else escape(entry["how"]))
-    _out.print(table)
+    print_models(entries)
 
 
 @app.command()
@@ -502,17 +457,13 @@ def doctor(
         return
     from workbench.doctor import checks
     from workbench.probes.environment import environment
+    from workbench.terminal import print_checks
 
     found = checks()
     if as_json:
         _print_json({"environment": environment(), "checks": found})
         return
-    table = Table()
-    for name in ("check", "", "detail"):
-        table.add_column(name, overflow="fold")
-    for check in found:
-        table.add_row(check["name"], "[green]ok[/green]" if check["ok"] else "[yellow]no[/yellow]", escape(check["detail"]))
-    _out.print(table)
+    print_checks(found)
 
 
 def _measure_machine(as_json: bool) -> None:

@@ -144,3 +144,91 @@ def print_machine(sheet: Hardware) -> None:
     share = sheet.environment["cpu_share"]
     if share < _BUSY:
         _out.print(f"Only {share:.0%} of a core was free: calibrate again when the machine does nothing else.", style="yellow")
+
+
+def print_profile(title: str, phases: list[dict[str, Any]]) -> None:
+    """One row a phase of a run."""
+    table = Table(title=escape(title), title_justify="left")
+    for name in ("phase", "tokens", "time", "FLOPs", "bytes moved", "KV held", "KV by budget"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for row in phases:
+        sizes = [human_bytes(row[name]) for name in ("bytes", "kv_physical_bytes", "kv_nominal_bytes")]
+        table.add_row(row["phase"], str(row["tokens"]), f"{1000 * row['seconds']:.1f} ms", f"{row['flops']:.4g}", *sizes)
+    _out.print(table)
+    _out.print("Time and KV held are measured; FLOPs and bytes moved (fused) are modelled.", style="dim")
+
+
+def print_hardware(sheets: list[Hardware]) -> None:
+    """One row a hardware sheet."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column("hardware", no_wrap=True)
+    for column in ("fp32", "bf16", "fp8", "memory", "bandwidth"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("device", overflow="fold")
+    for sheet in sheets:
+        peaks = [
+            f"{sheet.peak_flops[dtype] / 1e12:.4g}" if dtype in sheet.peak_flops else "-" for dtype in ("fp32", "bf16", "fp8")
+        ]
+        sizes = (f"{sheet.memory_bytes / 1e9:.4g}", f"{sheet.bandwidth / 1e9:.4g}")
+        table.add_row(sheet.name, *peaks, *sizes, escape(sheet.label))
+    _out.print(table)
+    _out.print("Peaks: dense TFLOP/s. Memory: GB. Bandwidth: GB/s. Sources: workbench hardware NAME.", style="dim")
+
+
+def print_methods(described: list[dict[str, Any]]) -> None:
+    """One row a method, as `describe` has it."""
+    table = Table(show_lines=True)
+    for name in ("method", "slot", "what it does", "knobs"):
+        table.add_column(name)
+    for entry in described:
+        knobs = "\n".join(f"{knob['name']}={knob['default']} [dim]{knob['unit']}[/dim]" for knob in entry["knobs"])
+        about = f"{entry['summary']}\n[dim]{entry['paper']}[/dim]"
+        if entry["calibrated_by"] is not None:
+            about += "\n[yellow]workbench calibrate[/yellow] once a model"
+        table.add_row(entry["name"], entry["slot"], about, knobs)
+    _out.print(table)
+
+
+def print_calibrations(model: str, known: dict[str, dict[str, Any] | None]) -> None:
+    """One row a method that needs a calibration: what it was made with, or how to make it."""
+    table = Table(title=escape(f"Methods that need a calibration, on {model}"), title_justify="left")
+    for name in ("method", "calibrated", "with"):
+        table.add_column(name)
+    for name, about in known.items():
+        texts = f"{about['documents']} texts ({about['texts']}), {about['tokens']} tokens" if about else ""
+        todo = f"no: workbench calibrate --model {model} --method {name}"
+        table.add_row(name, "yes" if about else escape(todo), texts)
+    _out.print(table)
+
+
+def print_workloads(listed: list[dict[str, Any]]) -> None:
+    """One row a workload."""
+    table = Table(show_lines=True)
+    for name in ("workload", "what it does", "settings"):
+        table.add_column(name)
+    for entry in listed:
+        table.add_row(entry["name"], entry["summary"], "\n".join(f"{key}={value}" for key, value in entry["settings"].items()))
+    _out.print(table)
+
+
+def print_models(entries: list[dict[str, Any]]) -> None:
+    """One row a model that needs no hub."""
+    table = Table()
+    for name in ("model", "class", "parameters", "layers", "context", "ready"):
+        table.add_column(name)
+    for entry in entries:
+        shape = [
+            str(entry[key] if entry[key] is not None else "?") for key in ("class_name", "parameters", "layers", "context")
+        ]
+        table.add_row(entry["name"], *shape, "yes" if entry["ready"] else escape(entry["how"]))
+    _out.print(table)
+
+
+def print_checks(found: list[dict[str, Any]]) -> None:
+    """One row a check of `workbench doctor`."""
+    table = Table()
+    for name in ("check", "", "detail"):
+        table.add_column(name, overflow="fold")
+    for check in found:
+        table.add_row(check["name"], "[green]ok[/green]" if check["ok"] else "[yellow]no[/yellow]", escape(check["detail"]))
+    _out.print(table)

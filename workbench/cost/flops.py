@@ -120,8 +120,8 @@ def with_steps(rows: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     if not numbers.is_unique:  # several runs as one
         return rows.merge(named, on="step")
     place = numbers.get_indexer(rows["step"])
-    rows, place = rows[place >= 0], place[place >= 0]
-    return rows.assign(phase=named["phase"].array.take(place), setup=named["setup"].array.take(place))
+    known, place = rows.loc[place >= 0], place[place >= 0]
+    return known.assign(phase=named["phase"].array.take(place), setup=named["setup"].array.take(place))
 
 
 def _expert_rows(trace: Trace) -> list[pd.DataFrame]:
