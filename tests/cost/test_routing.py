@@ -60,6 +60,12 @@ def test_logits_are_those_of_the_gate(family):
             assert set(np.argsort(row.logits)[-experts.top_k :]) == set(row.experts)
 
 
+def test_the_router_is_not_mistaken_where_keys_have_as_many_features_as_there_are_experts():
+    model = random_model("qwen3_moe", num_experts=16)
+    assert model.model.layers[0].self_attn.k_proj.out_features == 16
+    assert router_modules(model) == {index: layer.mlp.gate for index, layer in enumerate(model.model.layers)}
+
+
 def test_a_session_says_where_each_token_went():
     lm = wb.load("tiny-moe")
     session = wb.Session(lm, routing="choices")

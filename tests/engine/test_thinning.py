@@ -67,6 +67,20 @@ def test_later_layers_see_the_tokens_that_go_on_at_their_positions(lm):
     assert attention["pairs"].tolist() == [820, 820, 210, 210]
 
 
+def test_choices_are_of_the_tokens_that_reach_each_layer(tiny):
+    """The layer that thins still sends all of the prompt through its experts, those after it what goes on."""
+    mixture = wb.load((random_model("mixtral", num_hidden_layers=4), tiny.tokenizer))
+    session = wb.Session(mixture, wb.FastKV(budget=0.5, rate=0.5), routing="choices")
+    session.prefill([ids(PROMPT)[0].tolist(), ids(PROMPT)[0, :20].tolist()])
+    choices = session.trace.table("choices")
+    for row, length in enumerate([PROMPT, 20]):
+        of_row = choices[choices["row"] == row].groupby("layer")["position"].agg(list)
+        assert of_row[0] == of_row[1] == list(range(length))
+        for layer in (2, 3):
+            held = session._cache.layers[layer].store.positions[row, 0]
+            assert of_row[layer] == held[held >= 0].tolist()
+
+
 def test_tokens_that_do_not_go_on_are_as_if_hidden(lm):
     """The logits are those of plain attention over everything, with the same keys masked in the later layers."""
     session = prefilled(lm, wb.FastKV(budget=0.5, rate=0.5))

@@ -7,6 +7,7 @@ import torch
 
 import workbench as wb
 from workbench.methods import parse_method
+from workbench.methods.cache.base import EVERY_STEP
 from workbench.testing import ids, random_llama
 
 ROWWISE = ["tova:budget=9", "streaming-llm:budget=9", "h2o:budget=9", "lazy-eviction:budget=9,window=3", "mpcache:budget=2"]
@@ -47,6 +48,20 @@ def test_deciding_together_equals_deciding_alone(lm, text, rows):
         first, second = (trace.table(table).sort_values(order).reset_index(drop=True) for trace in traces)
         assert first.equals(second)
     assert len(traces[0].table("evictions"))
+
+
+def test_what_was_merged_together_went_where_it_went_alone(lm):
+    members = {"rowwise": True, "acts": EVERY_STEP, "observes": EVERY_STEP}
+    method = dataclasses.dataclass(frozen=True)(type("Merging", (wb.EMS,), members))(budget=9, tau=-1.0, eps=0.0)
+    traces = []
+    for each in (method, alone(method)):
+        session = wb.Session(lm, each)
+        session.prefill(ids(24)[0].tolist())
+        session.generate(4)
+        table = session.trace.table("evictions")
+        traces.append(table.sort_values(["step", "layer", "head", "position"]).reset_index(drop=True))
+    together, apart = traces
+    assert together.equals(apart) and (together.query("step > 0")["into"] >= 0).any()
 
 
 def test_layers_that_share_memory_weigh_what_they_hold(lm):

@@ -127,6 +127,8 @@ def test_what_cannot_be_calibrated_is_one_sentence(cache, lm, monkeypatch):
         wb.calibrate(lm, "h2o")
     with pytest.raises(wb.UserError, match=r"gates=prompt.*goes by the prompt and needs no calibration; choose gates=trained"):
         wb.calibrate(lm, "duo-attention:gates=prompt")
+    with pytest.raises(wb.UserError, match=r"'prefixkv.*goes by the prompt and needs no calibration; choose ratios=calibrated"):
+        wb.calibrate(lm, "prefixkv")
     for useless in (documents(), [Document(tuple(ids(70)[0].tolist()), 70)]):
         with pytest.raises(wb.UserError, match="texts of more than 36 tokens that repeat a passage"):
             wb.calibrate(lm, "duo-attention", documents=useless)

@@ -135,6 +135,18 @@ def test_a_method_that_was_written_anew_is_run_anew(tiny, workload, tmp_path):
     assert again.rows == first.rows and all(entry.endswith("2/2") for entry in ran)
 
 
+def test_a_method_is_the_same_whatever_order_a_set_in_it_is_in():
+    """In every process names are in another order in a set; 0 and 8, which collide, in the order they came."""
+
+    def fingerprint_of(members: str) -> str:
+        keep = eval(f"lambda self, state: state.layer in {members}", globals())
+        method = type("Written", (wb.SnapKV,), {"keep": keep, "__module__": __name__})
+        return method_fingerprint(dataclasses.dataclass(frozen=True)(method)())
+
+    assert repr(frozenset([0, 8])) != repr(frozenset([8, 0]))
+    assert fingerprint_of("{0, 8}") == fingerprint_of("{8, 0}") != fingerprint_of("{0, 9}")
+
+
 def test_a_method_that_was_calibrated_anew_has_another_key(tiny):
     method = wb.Setup(wb.CompressKV(budget=0.5)).ready(tiny).cache
     tables = {name: tensor + 1 for name, tensor in method.calibration.tables.items()}

@@ -171,6 +171,7 @@ def test_a_damaged_header_and_a_plain_trace_are_one_sentence(recording, tmp_path
         ([], {}, "prompt is empty"),
         ([2] * 600, {}, "context of 512"),
         ([2] * 500, {"new_tokens": 5, "rehearse": ["dapq"]}, "'dapq' rehearses 32 tokens after the text, 532 in all"),
+        ([2], {"rehearse": ["dapq"]}, "'dapq' rehearses nothing after a prompt of 1 token"),
         ([2, 3], {"rehearse": ["dap"]}, "no method named 'dap'"),
         ([2, 3], {"rehearse": [7]}, "Cannot rehearse 7; give methods, such as 'dapq'"),
     ],

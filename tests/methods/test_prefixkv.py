@@ -151,9 +151,8 @@ def test_calibrated_ratios_of_one_text_are_those_solved_for_it():
 
 def test_calibrated_ratios_are_the_mean_over_texts():
     steep_first, flat_first = (sample(*layers) for layers in ((STEEP, FLAT), (FLAT, STEEP)))
-    drops = [
-        wb.PrefixKV(sinks=0).calibrate(texts)["drops"] for texts in ([steep_first], [flat_first], [steep_first, flat_first])
-    ]
+    method = wb.PrefixKV(sinks=0, ratios="calibrated")
+    drops = [method.calibrate(texts)["drops"] for texts in ([steep_first], [flat_first], [steep_first, flat_first])]
     torch.testing.assert_close(drops[2], (drops[0] + drops[1]) / 2)
     assert drops[0].shape == (2, 19) and (drops[0][0] >= drops[0][1]).all()
     assert calibrated(steep_first, flat_first, sinks=0, budget=3).allocate(8, 2) == [3, 3]

@@ -202,7 +202,7 @@ class EngineLayer(CacheLayerMixin):
             return query, store
         if self.pages is not None:
             self.pages.add(store, query.shape[2])
-            may, must = asks(policy, self.pages, self.call, store)
+            may, must = asks(policy, self.pages, self.call, store.length)
             if may:
                 chosen, cost = self._select(query)
                 source = self.pages.gather(store, chosen) or store
@@ -224,7 +224,7 @@ class EngineLayer(CacheLayerMixin):
         """The pages to read, and the FLOPs and bytes of choosing them: none if another layer has."""
         if self.leader in self.call.read:
             return self.call.read[self.leader], (0, 0)
-        state = read_state(query, self.pages, self.call, self.index, self.store)
+        state = read_state(query, self.pages, self.call, self.index, self.store.length)
         chosen = self.policy.select(state)
         if self.leads:
             self.call.read[self.index] = chosen

@@ -42,8 +42,8 @@ class Thinned:
     """`[B, L']` which of the call's tokens they are; a row with fewer is filled up in front."""
     last: torch.Tensor
     """`[B, L']` which of the L they are."""
-    there: int
-    """L."""
+    before: torch.Tensor
+    """`[B, L]` positions of the L."""
     counts: list[int]
     """How many of each row went on."""
     absent: torch.Tensor
@@ -89,19 +89,23 @@ class Call:
 
     def thin(self, passing: torch.Tensor) -> None:
         """From the next layer on, only the tokens of `passing` `[B, L]` are there, of the L that have come so far."""
-        counts = passing.sum(-1)
+        counts, before = passing.sum(-1), self.positions
         length, there = int(counts.max()), passing.shape[1]
         if length == there:
             return
         index = last = passing.to(torch.int8).argsort(dim=-1, stable=True)[:, there - length :]
-        absent = torch.where(passing, -1, self.positions)
+        absent = torch.where(passing, -1, before)
         if self.thinned is not None:
             absent = self.thinned.absent.scatter_reduce(1, self.thinned.index, absent, "amax")
             index = self.thinned.index.gather(1, last)
-        self.thinned = Thinned(index, last, there, counts.tolist(), absent)
+        self.thinned = Thinned(index, last, before, counts.tolist(), absent)
         filling = torch.arange(length, device=passing.device) < (length - counts)[:, None]
-        self.positions = self.positions.gather(1, last).masked_fill(filling, -1)
+        self.positions = before.gather(1, last).masked_fill(filling, -1)
         self.has_padding = min(self.thinned.counts) < length
+
+    def positions_of(self, num_tokens: int) -> torch.Tensor:
+        """Where so many tokens stand, over rows: what follows attention in a layer that thins still sees them all."""
+        return self.positions if self.positions.numel() == num_tokens else self.thinned.before
 
     def record_attention(
         self,

@@ -35,7 +35,7 @@ SINKS, RECENT = 4, 32
 """What streaming attention sees while gates are trained: 7% of a text of 512 tokens, as 384 are of the paper's longer ones."""
 
 PENALTY = 0.05
-"""Weight of the sum of the gates in the loss."""
+"""Weight of the sum of the gates in the loss, as in the paper."""
 
 PASSES, LEARNING_RATE = 12, 0.05
 """How often each text is trained on, and the rate between a slow start and a slow end; the paper takes 2,000 steps at 0.02."""

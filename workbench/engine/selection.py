@@ -50,7 +50,8 @@ class Pages:
         self._bounds: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._empty = torch.zeros(0)
         """`[B, H]` empty slots before the first token of each head."""
-        self._least_empty = 0
+        self._least_empty: list[int] = []
+        """Of the fullest head of each row."""
 
     @property
     def nbytes(self) -> int:
@@ -67,9 +68,13 @@ class Pages:
         """Starts anew from what a store holds, which is put in the order of the text."""
         store.sort()
         self._empty = (store.positions < 0).sum(-1)
-        self._least_empty = int(self._empty.min())
+        self._least_empty = self._empty.amin(1).tolist()
         self._bounds, self._begun = [], True
         self._widen(store, 0)
+
+    def held_by_row(self, length: int) -> tuple[int, ...]:
+        """Tokens that the fullest kv head of each row holds in `length` slots; a device is not asked for it."""
+        return tuple(length - empty for empty in self._least_empty)
 
     def levels(self, length: int) -> tuple[PageLevel, ...]:
         """The bounds of what is held in `length` slots."""
@@ -117,7 +122,7 @@ class Pages:
 
     def _count(self, length: int, size: int) -> int:
         """Pages of the fullest head."""
-        return -(-(length - self._least_empty) // size)
+        return -(-max(self.held_by_row(length)) // size)
 
     def _widen(self, store: RectangularStore, start: int) -> None:
         """Lets the tokens from slot `start` on widen the bounds of the pages they lie in."""
@@ -148,19 +153,19 @@ def pages_of(policy: CachePolicy | None, layer: int) -> Pages | None:
     return Pages(sizes) if sizes else None
 
 
-def asks(policy: CachePolicy, pages: Pages, call: Call, store: RectangularStore) -> tuple[bool, bool]:
-    """Whether a layer asks its policy what to read, and whether that must be less than all it holds."""
+def asks(policy: CachePolicy, pages: Pages, call: Call, length: int) -> tuple[bool, bool]:
+    """Whether a layer asks its policy what to read, and whether that must be less than all it holds in `length` slots."""
     if call.phase != "decode":
         return False, False
-    rows = list(zip(store.held_by_row(), call.prompt_tokens, strict=True))
+    rows = list(zip(pages.held_by_row(length), call.prompt_tokens, strict=True))
     there = [-(-held // pages.sizes[-1]) for held, _ in rows]
     fewest, most = zip(*(policy.page_limits(*row) for row in rows), strict=True)
     return any(map(gt, there, fewest)), any(map(gt, there, most))
 
 
-def read_state(query: torch.Tensor, pages: Pages, call: Call, layer: int, store: RectangularStore) -> ReadState:
+def read_state(query: torch.Tensor, pages: Pages, call: Call, layer: int, length: int) -> ReadState:
     """What a policy selects by."""
-    return ReadState(query, pages.levels(store.length), layer, tuple(store.held_by_row()), tuple(call.prompt_tokens))
+    return ReadState(query, pages.levels(length), layer, pages.held_by_row(length), tuple(call.prompt_tokens))
 
 
 def reads_beside(source: Source | RectangularStore, num_kv_heads: int) -> int:

@@ -337,8 +337,7 @@ class Session:
         return logits
 
     def _routing_probe(self, mode: str) -> RoutingProbe:
-        call = self._call
-        return RoutingProbe(self.lm.model, mode, positions=lambda: call.positions)
+        return RoutingProbe(self.lm.model, mode, positions=self._call.positions_of)
 
     def _set_capacity(self) -> None:
         """Resolves the budget of the method in charge for the prompt of each row."""

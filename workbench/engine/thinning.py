@@ -57,7 +57,7 @@ class Thinner:
         if thinned is None:
             return None
         # What comes from the layer before has lost what earlier layers lost; what comes from outside is whole.
-        by_length = {thinned.there: thinned.last, thinned.absent.shape[1]: thinned.index}
+        by_length = {thinned.before.shape[1]: thinned.last, thinned.absent.shape[1]: thinned.index}
 
         def chosen(value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or value.ndim < 2 or value.shape[1] not in by_length:

@@ -49,7 +49,7 @@ class LayerStack(EngineLayer):
         counts = dropped.ge(0).sum((1, 2)).view(len(self.layers), -1).sum(1).tolist()
         for layer, count in zip(self.layers, counts, strict=True):
             layer._record("evict", count, 0, moved // len(self.layers))
-        self.call.record_evictions([layer.index for layer in self.layers], dropped)
+        self.call.record_evictions([layer.index for layer in self.layers], dropped, into)
 
 
 def decide_together(call: Call) -> None:

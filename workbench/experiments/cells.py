@@ -132,5 +132,10 @@ def method_fingerprint(method: Method) -> str:
 
 def _code(code: CodeType) -> str:
     """What a function does, whichever line it stands on."""
-    constants = [_code(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
-    return repr((code.co_code.hex(), code.co_names, code.co_varnames, constants))
+    return repr((code.co_code.hex(), code.co_names, code.co_varnames, list(map(_constant, code.co_consts))))
+
+
+def _constant(value: Any) -> str:
+    if isinstance(value, frozenset):  # its order is another in every process
+        return repr(sorted(map(repr, value)))
+    return _code(value) if isinstance(value, CodeType) else repr(value)

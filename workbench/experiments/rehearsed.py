@@ -53,8 +53,10 @@ def to_rehearse(given: Iterable[Method | str], prompt: list[int], steps: int) ->
 def foresight(lm: LM, method: CacheMethod, prompt: list[int]) -> dict[int, torch.Tensor]:
     """`[Hq, P]` float32 by layer: what each prompt token receives from the tokens a method rehearses after the prompt.
 
-    Raises UserError if the model's context has no room for them, or nothing was trained for the model.
+    Raises UserError if the model's context has no room for them, nothing was trained for the model, or nothing can be dropped.
     """
+    if len(prompt) < 2:
+        raise UserError(f"{method.name!r} rehearses nothing after a prompt of 1 token, which always stays; give a longer one.")
     seen: dict[int, torch.Tensor] = {}
 
     def note(state: LayerState) -> torch.Tensor:

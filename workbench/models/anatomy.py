@@ -99,13 +99,16 @@ def expert_modules(model: nn.Module) -> dict[int, nn.Module]:
 def router_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The module whose weight `[E, hidden]` scores the experts, by layer index; layers where none is found are left out."""
     found = {}
+    blocks = decoder_layers(model)
     for index, experts in expert_modules(model).items():
-        for module in decoder_layers(model)[index].modules():
-            weight = getattr(module, "weight", None)
-            scores = isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[0] == experts.down_proj.shape[0]
-            if scores and (_is_router(module) or _is_linear(module)):
-                found[index] = module
-                break
+        by_component: dict[str, nn.Module] = {}
+        for module, component, _ in _products(blocks[index]):
+            if module.weight.ndim == 2 and module.weight.shape[0] == experts.down_proj.shape[0]:
+                by_component.setdefault(component, module)
+        # A gate that is a Linear counts as part of the mlp. Attention may have as many features as there are experts.
+        router = by_component.get("router", by_component.get("mlp"))
+        if router is not None:
+            found[index] = router
     return found
 
 

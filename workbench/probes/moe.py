@@ -61,13 +61,13 @@ class _Seen(threading.local):
 class RoutingProbe:
     """Hooks every experts module and keeps the choices of each call until `take`."""
 
-    def __init__(self, model: nn.Module, mode: str = "load", positions: Callable[[], torch.Tensor] | None = None):
+    def __init__(self, model: nn.Module, mode: str = "load", positions: Callable[[int], torch.Tensor] | None = None):
         """Nothing is hooked before `attach`.
 
         Args:
             model: the model.
             mode: one of `MODES`.
-            positions: where the tokens of the call in progress stand, if the caller knows.
+            positions: where so many tokens of the call in progress stand, if the caller knows.
         """
         self.mode = check_mode(mode)
         self._positions = positions if mode != "load" else None
@@ -106,8 +106,9 @@ class RoutingProbe:
                 self.missed += 1
             else:
                 logits = self._here.logits.pop(layer, None)
-                positions = self._positions() if self._positions is not None else None
-                self._here.choices.append(Choice(layer, num_experts, *choice, logits, positions))
+                experts, weights = choice
+                positions = self._positions(experts[..., 0].numel()) if self._positions is not None else None
+                self._here.choices.append(Choice(layer, num_experts, experts, weights, logits, positions))
 
         return observe
 

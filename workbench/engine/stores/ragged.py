@@ -119,7 +119,7 @@ class RaggedStore:
 
     @property
     def flat(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Flattened keys and values, and the first and the last but one slot `[B x H]` of each head."""
+        """Flattened keys and values, and the first slot of each head and the one after its last token, `[B x H]`."""
         return self._buffers["keys"], self._buffers["values"], self._layout.starts, self._layout.ends
 
     @property

@@ -11,6 +11,7 @@ import torch
 
 from workbench.engine.calibration import Sample
 from workbench.engine.policy import AT_END, MASS, REPORT, LayerState
+from workbench.errors import UserError
 from workbench.methods.base import Budget, budget_knob, knob, register, resolve_budget
 from workbench.methods.cache.base import EVERY_STEP, PREFILL_ONLY, CacheMethod, keep_top, recent
 from workbench.methods.cache.budgets import prefix_drops
@@ -69,6 +70,8 @@ class PrefixKV(CacheMethod):
 
     def calibrate(self, samples: Iterable[Sample]) -> dict[str, torch.Tensor]:
         """`drops` `[L, 19]`: the share of its tokens that a layer drops at each budget of the grid, a text on average."""
+        if self.ratios == "prompt":
+            raise UserError(f"{self.label!r} goes by the prompt and needs no calibration; choose ratios=calibrated.")
         return {"drops": torch.stack([self._drops(sample) for sample in samples]).mean(0)}
 
     def allocate(self, prompt_tokens: int, num_layers: int) -> list[int]:
