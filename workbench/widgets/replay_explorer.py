@@ -68,10 +68,12 @@ class ReplayExplorer(Door):
         for picture in side_by_side.children:
             picture.layout.width = "50%"
         super().__init__([*choices, self.kept, side_by_side, w.HBox([self.column, self._progress]), self.curves])
+        name, knobs = self._offered(method)
         self._setting = True
-        self.chooser.set(*_name_and_knobs(method)[:1], **_name_and_knobs(method)[1])
+        self.chooser.set(name, **knobs)
+        self._setting = False
         self._draw_curves()
-        self.choose(method)
+        self.redraw()
         for control in (self.layer, self.step):
             control.observe(lambda _: self._moved(), "value")
         self.column.observe(lambda _: self._draw_curves(), "value")
@@ -116,9 +118,7 @@ class ReplayExplorer(Door):
                 raise UserError(f"{value!r} cannot be chosen here; there are {', '.join(map(str, control.options))}.")
         if step is not None and not 0 <= step <= self.step.max:
             raise UserError(f"There is no step {step}; the decoded tokens are 0 to {self.step.max}.")
-        name, given = _name_and_knobs(method)
-        if name in self.missing:
-            raise UserError(self.missing[name])
+        name, given = self._offered(method)
         self._setting = True
         try:
             self.chooser.set(name, **given | knobs)
@@ -200,6 +200,13 @@ class ReplayExplorer(Door):
             if not isinstance(error, UserError):
                 traceback.print_exc()
             self.say(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+
+    def _offered(self, method: Method | str | None) -> tuple[str | None, dict[str, Any]]:
+        """As `_name_and_knobs`. Raises UserError for a method that cannot be replayed, with the reason."""
+        name, knobs = _name_and_knobs(method)
+        if name in self.missing:
+            raise UserError(self.missing[name])
+        return name, knobs
 
     def _moved(self) -> None:
         if not self._setting:
