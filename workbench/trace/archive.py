@@ -31,7 +31,7 @@ _NAME = re.compile(rf"(?:([^/\\]+)/)?(meta\.json|recording\.safetensors|(?:{'|'.
 _FOLDER = re.compile(rf"(?:[^/\\]+/)?(?:(?:{'|'.join(TABLES)})/)?")
 _CHUNK_BYTES = 2**20
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Those that Python unpacks a bounded piece at a time; of bzip2 and LZMA one read of a megabyte may become gigabytes at once."""
+"""Those that Python unpacks a bounded piece at a time; with bzip2 or LZMA one read of a megabyte may become gigabytes."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time every file in a zip is given, so that the same trace makes the same bytes."""
 
