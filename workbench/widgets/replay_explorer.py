@@ -97,7 +97,7 @@ class ReplayExplorer(Door):
     def replay(self) -> Replay:
         """The points of the curves so far, and the chosen one."""
         labels = dict.fromkeys([*self._curves, self.point.setup])
-        return self._replay([self._known[label] for label in labels])
+        return Replay.of(self.recording, [self._known[label] for label in labels])
 
     def choose(
         self,
@@ -135,7 +135,7 @@ class ReplayExplorer(Door):
         begun = time.perf_counter()
         point = self.point
         self.computing_s = time.perf_counter() - begun
-        one = self._replay([point])
+        one = Replay.of(self.recording, [point])
         layer = None if self.layer.value == ALL else self.layer.value
         self.kept.draw(plots.replay_map(one, point.setup, point.budget, self.step.value, layer, self._texts))
         self.mass.draw(plots.replay_steps(one, point.setup, point.budget, layer))
@@ -156,7 +156,7 @@ class ReplayExplorer(Door):
 
     def _draw_curves(self) -> None:
         """Draws the curves anew; a slider only moves the ring."""
-        curves = self._replay([self._known[label] for label in self._curves] or [self.point])
+        curves = Replay.of(self.recording, [self._known[label] for label in self._curves] or [self.point])
         figure = plots.replay_curves(curves, y=self.column.value)
         look = {"symbol": "circle-open", "size": 16, "line": {"width": 3}, "color": "#777777"}
         figure.add_scatter(mode="markers", name="chosen", marker=look, hovertemplate="chosen<br>%{y:.4f}<extra></extra>")
@@ -176,12 +176,6 @@ class ReplayExplorer(Door):
             if method.label not in self._known:
                 self._known[method.label] = replay(self.recording, [method], [method.budget]).points[0]
             return self._known[method.label]
-
-    def _replay(self, points: list[Point]) -> Replay:
-        layers = [layer.layer for layer in self.recording.layers]
-        model = self.recording.trace.anatomy.class_name
-        about = {"model": model, "layers": layers, "prompt_tokens": self.recording.prompt_tokens, "steps": self.recording.steps}
-        return Replay(about, tuple(points))
 
     def _fill(self, names: list[str], budgets: list[Budget]) -> None:
         """Computes the curves, a point at a time so that a slider need not wait for more than one."""
