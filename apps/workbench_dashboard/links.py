@@ -25,7 +25,8 @@ def choice(label: str, name: str, among: list, default: Any, **options: Any) -> 
 def number(label: str, name: str, default: int) -> int:
     """A positive number that the link carries."""
     said = st.query_params.get(name, "")
-    first = int(said) if said.isascii() and said.isdigit() and int(said[:7]) > 0 else default
-    value = int(st.number_input(label, value=min(first, MOST), min_value=1, max_value=MOST, step=1, key=f"link.{name}"))
+    digits = said[:7] if said.isascii() and said.isdigit() else ""  # as many as the most has
+    first = min(int(digits or 0) or default, MOST)
+    value = int(st.number_input(label, value=first, min_value=1, max_value=MOST, step=1, key=f"link.{name}"))
     st.query_params[name] = str(value)
     return value

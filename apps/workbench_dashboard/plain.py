@@ -7,8 +7,8 @@ import re
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\u2421"}
 """Control characters have pictures of their own in Unicode; an escape code shows as one."""
 
-_MARKS = re.compile(r"[\\`*_\[\]<>$~&:#|!]|^[-+=]|(?<=^\d)[.)]")
-"""What markdown gives a meaning to, in a line or at the start of one."""
+_MARKS = re.compile(r"[\\`*_\[\]<>$~&:#|!]|^[-+=]|(?<=\d)[.)](?=\s|$)")
+"""What markdown gives a meaning to, in a line or at the start of one; a number at its start may have nine digits."""
 
 _REPLACED = re.compile(r"\\:(?=//|[\w\\+/-]+\\:)|www(?=\.)|@")
 """Beginnings of emoji and icon codes, addresses and e-mail addresses, which are looked for after escapes are resolved."""

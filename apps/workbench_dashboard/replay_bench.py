@@ -44,15 +44,7 @@ class ReplayBench:
 
     def replay(self, methods: Sequence[Method]) -> Replay:
         """These methods, each at its budget."""
-        points = {method.label: self.point(method) for method in methods}
-        recording = self.recording
-        about = {
-            "model": recording.trace.anatomy.class_name,
-            "layers": [layer.layer for layer in recording.layers],
-            "prompt_tokens": recording.prompt_tokens,
-            "steps": recording.steps,
-        }
-        return Replay(about, tuple(points.values()))
+        return Replay.of(self.recording, {method.label: self.point(method) for method in methods}.values())
 
     def curves(self, names: Sequence[str], seconds: float) -> tuple[list[Method], bool]:
         """Methods at all of `BUDGETS` that are known after so many more seconds, and whether these are all."""

@@ -10,8 +10,10 @@ pytest.importorskip("streamlit", reason="needs the extra `dashboard`")
 from streamlit.testing.v1 import AppTest
 
 import workbench as wb
+from workbench.live import line_of
 from workbench_dashboard.forms import NONE
 from workbench_dashboard.launch import APP
+from workbench_dashboard.models import _load as held
 
 HOSTILE = "<script>alert(1)</script> \x1b[31mred $x^2$ **bold** ![](http://example.org/x.png) [a](http://example.org) :smile:"
 
@@ -88,6 +90,14 @@ def test_experts_are_shown_where_there_are_some(page):
     played(press(page, "live.run"))
     assert "live.Expert load.run" in figures(page) and "live.kl_to_dense" not in figures(page)
     assert numbers(page)["KL (nats)"] == ["n/a"]
+
+
+def test_the_line_shown_is_that_of_the_model_that_is_waited_for_whatever_the_form_says(page):
+    with line_of(held("tiny-dense").model).turn("somebody else"):
+        press(page, "live.run")
+        page.selectbox(key="model").set_value("tiny-moe").run()
+        assert "In line for tiny-dense: somebody else, visitor" in status(page)
+    played(page)
 
 
 def test_a_hostile_prompt_is_text(page):

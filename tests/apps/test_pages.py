@@ -38,6 +38,7 @@ def test_every_method_is_in_the_catalogue(app):
 def test_text_is_shown_as_it_is_written():
     assert as_markdown("<b>*a* `b`\n[c](d) $e$ ![f](g)") == r"\<b\>\*a\* \`b\` \[c\](d) \$e\$ \!\[f\](g)"
     assert as_markdown("# a") == r"\# a" and as_markdown("1. a") == r"1\. a" and as_markdown("- a") == r"\- a"
+    assert as_markdown("2024. a") == r"2024\. a" and as_markdown("12) a") == r"12\) a"
     assert "://" not in as_markdown("http://a").replace("\\", "") and "www." not in as_markdown("www.a")
     assert as_markdown(":smile:") != r"\:smile\:" and as_markdown("h2o:budget=0.2") == r"h2o\:budget=0.2"
     assert visible("\x1b[31mred\x00\n") == "␛[31mred␀\n"

@@ -52,6 +52,25 @@ def test_a_prompt_is_recorded_and_sliders_redraw_it():
     assert any("points run live" in each.value for each in page.text) and len(page.dataframe) == 1
 
 
+def test_curves_of_a_further_recording_fill_in_as_those_of_the_first_did(monkeypatch):
+    more = []
+
+    def curves(bench: ReplayBench, names, seconds: float):
+        methods, done = known(bench, names, 0.0)
+        more.append(done)
+        return methods, done
+
+    known = ReplayBench.curves
+    monkeypatch.setattr(ReplayBench, "curves", curves)
+    page = open_page()
+    page.session_state["replay.filling"] = False  # as the recording before left it
+    page.session_state["replay.methods"] = ["knorm"]
+    page.number_input(key="replay.prompt.length").set_value(64)
+    page.number_input(key="replay.new_tokens").set_value(2).run()
+    fine(page.button(key="replay.record").click().run())
+    assert more == [False, False] and page.session_state["replay.filling"]
+
+
 def test_a_saved_recording_is_opened_and_a_bad_path_is_one_sentence(tiny, tmp_path):
     wb.record(tiny, "The statement is executed. " * 4, new_tokens=2).save(tmp_path / "run.recording")
     page = open_page()

@@ -41,6 +41,8 @@ def test_a_link_brings_its_choices_along():
 def test_a_link_of_nonsense_is_a_page_of_defaults():
     page = fine(open_page(model="<b>", hardware="abacus", dtype="x", context="7", batch="-1", new="²"))
     assert page.selectbox(key="what_if.model").value == "tiny-dense" and page.selectbox(key="link.hardware").value == "h100-sxm"
+    page = open_page(batch="9" * 5000)
+    assert page.number_input(key="link.batch").value == 1_000_000 and "more than can be counted" in page.error[0].value
 
 
 def test_a_config_is_enough_and_what_is_wrong_with_one_is_said():

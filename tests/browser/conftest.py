@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,19 +15,23 @@ from pathlib import Path
 
 import pytest
 
+from workbench.errors import UserError
+from workbench.pictures import chromium
+
 FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu")
 """Chromium as root in a container, with little shared memory and no graphics."""
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator:
-    """Debian's Chromium under Playwright."""
+    """The machine's Chromium under Playwright."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'workbench-llm[dev]'")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
+    try:
+        found = chromium()
+    except UserError:
         pytest.skip("needs Chromium: apt-get install -y chromium")
     with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=chromium, args=list(FLAGS))
+        opened = running.chromium.launch(executable_path=found, args=list(FLAGS))
         yield opened
         opened.close()
 
@@ -99,7 +102,7 @@ def _wait_until_up(url: str, process: subprocess.Popen, log: Path, wait_s: float
 
 def _end(process: subprocess.Popen) -> None:
     """Ends a server with everything it started."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
+    for how in (signal.SIGTERM, signal.SIGKILL):  # the second for kernels that outlived their server
         try:
             os.killpg(process.pid, how)
             process.wait(10)
@@ -107,5 +110,3 @@ def _end(process: subprocess.Popen) -> None:
             return
         except subprocess.TimeoutExpired:
             continue
-        if how == signal.SIGTERM:
-            continue  # kernels that outlived their server

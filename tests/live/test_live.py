@@ -173,6 +173,22 @@ def test_one_player_at_a_time_and_others_see_the_line(lm, player):
     assert len(player.snapshots["run"].history) == 2
 
 
+def test_a_player_that_left_the_line_of_another_model_goes_on_in_that_of_its_own(lm, player):
+    other = wb.load("tiny-moe")
+    player.start(lm, None, PROMPT, 1)
+    player.wait(60)
+    with line_of(other.model).turn("somebody else"):
+        player.start(other, None, PROMPT, 1)
+        until(lambda: player.status.startswith("waiting"))
+        assert player.lm is other
+        player.stop()
+        player.wait(20)
+        assert player.lm is lm
+        player.play(2)
+        player.wait(60)
+    assert player.error is None and len(player.snapshots["run"].history) == 4
+
+
 def test_turns_come_in_order():
     class Model:
         pass

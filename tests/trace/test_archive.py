@@ -143,6 +143,14 @@ def test_a_bomb_is_refused_whatever_its_sizes_say(zipped):
     assert "at most 3" in refusal(zipped, Limits(files=3))
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_way_of_packing_that_swells_within_one_read_is_refused_before_it_is_unpacked(zipped, method):
+    out = io.BytesIO(zipped)
+    with zipfile.ZipFile(out, "a", method) as archive:
+        archive.writestr(_part("routing").replace("0.p", "9.p"), bytes(50_000_000))
+    assert len(out.getvalue()) < len(zipped) + 20_000 and "with deflate" in refusal(out.getvalue())
+
+
 def test_a_table_that_swells_in_memory_is_refused_before_it_is_read(zipped):
     rows = 200_000
     nulls = pa.table([pa.nulls(rows, field.type) for field in TABLES["cache"]], schema=TABLES["cache"])

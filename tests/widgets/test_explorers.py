@@ -78,6 +78,8 @@ def test_what_cannot_be_replayed_says_why_and_nothing_changes(explorer):
         with pytest.raises(wb.UserError, match=said):
             explorer.choose(**wrong)
     assert explorer.method == wb.SnapKV() and explorer.error is None
+    with pytest.raises(wb.UserError, match="no budget to replay"):
+        wb.widgets.ReplayExplorer(explorer.recording, "dense")
 
 
 def test_knobs_that_do_not_go_together_are_a_sentence_in_the_widget(explorer):

@@ -92,6 +92,16 @@ def test_buttons_do_what_verbs_do(lab):
     assert "append" in lab.snapshots["run"].history["phase"].tolist()
 
 
+def test_the_run_that_is_looked_at_stays_when_another_comes(lab):
+    lab.run()
+    lab.wait(60)
+    lab.shown.value = "run"
+    lab.branch("streaming-llm:budget=8")
+    lab.wait(60)
+    assert lab.shown.options == ("the last", "run", "branch 1") and lab.shown.value == "run"
+    assert "snapkv" in lab.held.figure.layout.title.text
+
+
 def test_what_is_wrong_is_one_sentence_in_the_widget(lab):
     press(lab, "Continue")
     lab.wait(60)

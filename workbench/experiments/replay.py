@@ -73,13 +73,7 @@ def replay(recording: Recording, methods: Iterable[Method | str], budgets: Itera
         arrays = [torch.stack([getattr(part, each) for part in parts]).cpu().numpy() for each in _ARRAYS]
         read = np.stack([part.read for part in parts]) if policy.selects else None
         points.append(Point(_name(policy), policy.budget, policy.label, *arrays, read))
-    about = {
-        "model": recording.trace.anatomy.class_name,
-        "layers": [layer.layer for layer in recording.layers],
-        "prompt_tokens": recording.prompt_tokens,
-        "steps": recording.steps,
-    }
-    return Replay(about, tuple(points))
+    return Replay.of(recording, points)
 
 
 def why_not(recording: Recording, method: Method | str) -> str | None:

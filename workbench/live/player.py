@@ -62,8 +62,9 @@ class Player:
         self.error: str | None = None
         """What stopped it, in a sentence; None if nothing did."""
         self._period_s, self._unwatched_s = period_s, unwatched_s
+        self.lm: LM | None = None
+        """The model of the runs, or the one that a new run waits for."""
         self._runs: dict[str, LiveRun] = {}
-        self._lm: LM | None = None
         self._left = 0
         self._stops = self._left_since = 0
         """How often there was a stop, and had been one when the tokens that are left were ordered."""
@@ -171,13 +172,15 @@ class Player:
         order = self._next()
         while not self._closed.is_set():
             self.error = None
-            self._lm = lm = order.lm or self._lm
-            later = None
+            before, later = self.lm, None
+            self.lm = lm = order.lm or before
             if lm is None:
                 self.error = "There is no run yet; start one first."
             else:
                 with line_of(lm.model).turn(self.name, partial(self._wanted, order), self._waiting) as mine:
                     later = self._play(order) if mine else None
+                if not mine:
+                    self.lm = before  # there still are the runs from before, on their model
             order = later or self._next()
         self._runs = {}
         self.status = "closed"
@@ -195,7 +198,7 @@ class Player:
     def _play(self, order: _Order | None) -> _Order | None:
         """Carries out an order, then decodes what is left, obeying orders between tokens. Returns one for another model."""
         while order is not None or (self._left and self._left_since == self._stops):
-            if order is not None and order.lm not in (None, self._lm):
+            if order is not None and order.lm not in (None, self.lm):
                 return order
             self._attempt(order or _Order("running", self._tick))
             order = None if self._orders.empty() else self._orders.get()

@@ -10,7 +10,8 @@ from workbench.plots.text import plain
 from workbench.plots.theme import MARK, method_colours, method_of, method_symbol, style
 from workbench.trace.comparison import Comparison
 
-_LOWER_IS_BETTER = {"nll", "kl_to_dense"}
+HIGHER_IS_BETTER = {"score": True, "top1_agreement": True, "kl_to_dense": False, "nll": False}
+"""Columns that measure quality."""
 
 
 def pareto(comparison: Comparison, x: str = "kv_physical_bytes", y: str = "score") -> go.Figure:
@@ -43,7 +44,7 @@ def pareto(comparison: Comparison, x: str = "kv_physical_bytes", y: str = "score
 
 def frontier(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     """The rows no other row beats in both columns, in order of cost."""
-    sign = -1 if y in _LOWER_IS_BETTER else 1
+    sign = 1 if HIGHER_IS_BETTER.get(y, True) else -1
     best, kept = float("-inf"), []
     for index, row in table.assign(quality=sign * table[y]).sort_values([x, "quality"], ascending=[True, False]).iterrows():
         if row["quality"] > best:

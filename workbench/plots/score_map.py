@@ -9,13 +9,12 @@ import plotly.graph_objects as go
 
 from workbench.errors import UserError
 from workbench.plots.look import LIGHT
-from workbench.plots.pareto import name_of
+from workbench.plots.pareto import HIGHER_IS_BETTER, name_of
 from workbench.plots.text import plain
 from workbench.plots.theme import style
 from workbench.trace.comparison import Comparison
 
 _BUDGET = re.compile(r"budget=([\d.]+)(?:, )?")
-HIGHER_IS_BETTER = {"score": True, "top1_agreement": True, "kl_to_dense": False, "nll": False}
 
 
 def score_table(comparison: Comparison, column: str = "score") -> pd.DataFrame:

@@ -30,6 +30,8 @@ from workbench.trace.trace import Trace
 _NAME = re.compile(rf"(?:([^/\\]+)/)?(meta\.json|recording\.safetensors|(?:{'|'.join(TABLES)})/part-\d{{6}}\.parquet)")
 _FOLDER = re.compile(rf"(?:[^/\\]+/)?(?:(?:{'|'.join(TABLES)})/)?")
 _CHUNK_BYTES = 2**20
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Those that Python unpacks a bounded piece at a time; with bzip2 or LZMA one read of a megabyte may become gigabytes."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time every file in a zip is given, so that the same trace makes the same bytes."""
 
@@ -123,6 +125,8 @@ def _files(archive: zipfile.ZipFile, limits: Limits) -> dict[str, zipfile.ZipInf
             raise UserError(
                 f"The zip holds {info.filename[:80]!r}, which no trace has; zip the trace's folder and nothing else."
             )
+        if info.compress_type not in _METHODS:
+            raise UserError(f"The zip packs {match[2]!r} in a way that is not taken; zip the trace's folder with deflate.")
         folders.add(match[1])
         files[match[2]] = info
     if "meta.json" not in files or len(folders) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 
 from workbench.errors import UserError
 from workbench.trace.display import RichDisplay, table_html
+from workbench.trace.recording import Recording
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ class Replay(RichDisplay):
     about: dict[str, Any]
     """Model, layers, prompt tokens and steps."""
     points: tuple[Point, ...]
+
+    @classmethod
+    def of(cls, recording: Recording, points: Iterable[Point]) -> Replay:
+        """What was replayed on a recording, with what it is about."""
+        about = {
+            "model": recording.trace.anatomy.class_name,
+            "layers": [layer.layer for layer in recording.layers],
+            "prompt_tokens": recording.prompt_tokens,
+            "steps": recording.steps,
+        }
+        return cls(about, tuple(points))
 
     def curves(self) -> pd.DataFrame:
         """One row a method and budget, means over layers, heads and steps.

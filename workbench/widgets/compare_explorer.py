@@ -8,7 +8,8 @@ import ipywidgets as w
 
 from workbench import plots
 from workbench.errors import UserError
-from workbench.plots.score_map import HIGHER_IS_BETTER, score_map
+from workbench.plots.pareto import HIGHER_IS_BETTER
+from workbench.plots.score_map import score_map
 from workbench.report import table_html
 from workbench.trace.comparison import Comparison
 from workbench.widgets.door import Door, register

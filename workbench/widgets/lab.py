@@ -147,7 +147,9 @@ class Lab(Door):
             self._drawn = snapshots
             names = (LAST, *snapshots)
             if self.shown.options != names:
-                self.shown.options = names
+                chosen = self.shown.value
+                self.shown.options = names  # which chooses the first
+                self.shown.value = chosen if chosen in names else LAST
             seen = snapshots.get(self.shown.value, next(reversed(snapshots.values())))
             self._show_texts(snapshots)
             self.curve.draw(plots.live_curve(snapshots, self.column.value))
@@ -159,7 +161,6 @@ class Lab(Door):
     def _keep_drawing(self) -> None:
         took = 0.0
         while not self._closing.wait(max(PERIOD_S, _REST * took)):
-            self._player.watch()
             try:
                 begun = time.monotonic()
                 self.draw()

@@ -68,10 +68,12 @@ class ReplayExplorer(Door):
         for picture in side_by_side.children:
             picture.layout.width = "50%"
         super().__init__([*choices, self.kept, side_by_side, w.HBox([self.column, self._progress]), self.curves])
+        name, knobs = self._offered(method)
         self._setting = True
-        self.chooser.set(*_name_and_knobs(method)[:1], **_name_and_knobs(method)[1])
+        self.chooser.set(name, **knobs)
+        self._setting = False
         self._draw_curves()
-        self.choose(method)
+        self.redraw()
         for control in (self.layer, self.step):
             control.observe(lambda _: self._moved(), "value")
         self.column.observe(lambda _: self._draw_curves(), "value")
@@ -95,7 +97,7 @@ class ReplayExplorer(Door):
     def replay(self) -> Replay:
         """The points of the curves so far, and the chosen one."""
         labels = dict.fromkeys([*self._curves, self.point.setup])
-        return self._replay([self._known[label] for label in labels])
+        return Replay.of(self.recording, [self._known[label] for label in labels])
 
     def choose(
         self,
@@ -116,9 +118,7 @@ class ReplayExplorer(Door):
                 raise UserError(f"{value!r} cannot be chosen here; there are {', '.join(map(str, control.options))}.")
         if step is not None and not 0 <= step <= self.step.max:
             raise UserError(f"There is no step {step}; the decoded tokens are 0 to {self.step.max}.")
-        name, given = _name_and_knobs(method)
-        if name in self.missing:
-            raise UserError(self.missing[name])
+        name, given = self._offered(method)
         self._setting = True
         try:
             self.chooser.set(name, **given | knobs)
@@ -135,7 +135,7 @@ class ReplayExplorer(Door):
         begun = time.perf_counter()
         point = self.point
         self.computing_s = time.perf_counter() - begun
-        one = self._replay([point])
+        one = Replay.of(self.recording, [point])
         layer = None if self.layer.value == ALL else self.layer.value
         self.kept.draw(plots.replay_map(one, point.setup, point.budget, self.step.value, layer, self._texts))
         self.mass.draw(plots.replay_steps(one, point.setup, point.budget, layer))
@@ -156,7 +156,7 @@ class ReplayExplorer(Door):
 
     def _draw_curves(self) -> None:
         """Draws the curves anew; a slider only moves the ring."""
-        curves = self._replay([self._known[label] for label in self._curves] or [self.point])
+        curves = Replay.of(self.recording, [self._known[label] for label in self._curves] or [self.point])
         figure = plots.replay_curves(curves, y=self.column.value)
         look = {"symbol": "circle-open", "size": 16, "line": {"width": 3}, "color": "#777777"}
         figure.add_scatter(mode="markers", name="chosen", marker=look, hovertemplate="chosen<br>%{y:.4f}<extra></extra>")
@@ -177,12 +177,6 @@ class ReplayExplorer(Door):
                 self._known[method.label] = replay(self.recording, [method], [method.budget]).points[0]
             return self._known[method.label]
 
-    def _replay(self, points: list[Point]) -> Replay:
-        layers = [layer.layer for layer in self.recording.layers]
-        model = self.recording.trace.anatomy.class_name
-        about = {"model": model, "layers": layers, "prompt_tokens": self.recording.prompt_tokens, "steps": self.recording.steps}
-        return Replay(about, tuple(points))
-
     def _fill(self, names: list[str], budgets: list[Budget]) -> None:
         """Computes the curves, a point at a time so that a slider need not wait for more than one."""
         wanted = [METHODS[name]().with_budget(budget) for budget in budgets for name in names]
@@ -200,6 +194,13 @@ class ReplayExplorer(Door):
             if not isinstance(error, UserError):
                 traceback.print_exc()
             self.say(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+
+    def _offered(self, method: Method | str | None) -> tuple[str | None, dict[str, Any]]:
+        """As `_name_and_knobs`. Raises UserError for a method that cannot be replayed, with the reason."""
+        name, knobs = _name_and_knobs(method)
+        if name in self.missing:
+            raise UserError(self.missing[name])
+        return name, knobs
 
     def _moved(self) -> None:
         if not self._setting:

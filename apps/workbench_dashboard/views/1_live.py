@@ -63,10 +63,11 @@ def done(_: None) -> None:
 
 
 @errors_shown()
-def view(player: Player, lm: wb.LM | None, chosen: list[str], was_busy: bool) -> None:
+def view(player: Player, form_lm: wb.LM | None, chosen: list[str], was_busy: bool) -> None:
     player.watch()
     if was_busy and not player.busy:
         st.rerun()
+    lm = player.lm if player.busy else form_lm
     names = line_of(lm.model).names if lm is not None else ()
     others = f" In line for {lm.name}: {', '.join(names)}; you are {player.name}." if set(names) - {player.name} else ""
     st.text(visible(f"{player.status.capitalize()}.{others}"))

@@ -78,7 +78,6 @@ def explorer(bench: ReplayBench) -> None:
             else 0
         )
         layer = st.selectbox("Layer", ["all", *(each.layer for each in recording.layers)], key="replay.layer")
-    st.session_state["replay.chosen"] = method
     chosen = None if layer == "all" else int(layer)
     one = bench.replay([method])
     (point,) = one.points
@@ -98,7 +97,7 @@ def curves(bench: ReplayBench, was_filling: bool) -> None:
     names = st.multiselect("Methods", bench.offered, default=bench.offered, key="replay.methods", label_visibility="collapsed")
     methods, done = bench.curves(names, FILL_S)
     st.session_state["replay.filling"] = not done
-    if done and was_filling:
+    if done == was_filling:  # drawn anew by itself from now on, or no more
         st.rerun()
     if methods:
         shown = bench.replay(methods)
