@@ -30,7 +30,7 @@ demo: setup
 test: setup $(VENV)/.notebook $(VENV)/.dashboard
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-lint: $(VENV)/.dashboard
+lint: $(VENV)/.notebook $(VENV)/.dashboard
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
