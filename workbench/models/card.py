@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from workbench.texts import recall
 LENGTHS = (128, 256, 512, 768, 1024, 2048)
 NUM_FACTS = 4
 _SAMPLES = 64
-_SEED = 1_000_003
+SEED = 1_000_003
 
 
 def write_card(directory: Path) -> Path:
@@ -101,11 +102,25 @@ def _table(head: list, rows: list[list]) -> str:
 @torch.no_grad()
 def evaluate(model, tokenizer) -> dict:
     """Recall by context length (4 facts, all answer words right) and held-out loss beside a unigram model's."""
-    rows = Rows(tokenizer, _SEED, held_out=True)
-    recall_by_length = {}
-    for length in LENGTHS:
+    rows = Rows(tokenizer, SEED, held_out=True)
+    recalled = recall_by_length(model, rows, LENGTHS, _SAMPLES)
+    training = torch.tensor(Rows(tokenizer, SEED).stream)
+    frequency = torch.bincount(training, minlength=len(tokenizer)).float() + 1
+    unigram = -(frequency / frequency.sum()).log()[torch.tensor(rows.stream)].mean().item()
+    return {
+        "recall_by_length": recalled,
+        "held_out_nats": held_out_nats(model, rows),
+        "unigram_nats": round(unigram, 3),
+    }
+
+
+@torch.no_grad()
+def recall_by_length(model, rows: Rows, lengths: Sequence[int], samples: int) -> dict[int, float]:
+    """Share of the answers that are right in every word, over texts of each length, each with 4 facts."""
+    found = {}
+    for length in lengths:
         right = total = 0
-        for _ in range(_SAMPLES):
+        for _ in range(samples):
             row = rows.row("recall", length, NUM_FACTS)
             predicted = model(torch.tensor([row.ids])).logits[0, :-1].argmax(-1).tolist()
             answers = [i for i, task in enumerate(row.tasks) if task == "recall"]
@@ -114,16 +129,18 @@ def evaluate(model, tokenizer) -> dict:
                 value = answers[start : start + recall.VALUE_WORDS]
                 right += all(predicted[i - 1] == row.ids[i] for i in value)
                 total += 1
-        recall_by_length[length] = round(right / total, 4)
-    training = torch.tensor(Rows(tokenizer, _SEED).stream)
-    frequency = torch.bincount(training, minlength=len(tokenizer)).float() + 1
+        found[length] = round(right / total, 4)
+    return found
+
+
+@torch.no_grad()
+def held_out_nats(model, rows: Rows, windows: int | None = None) -> float:
+    """Mean loss of the next token over windows of 512 tokens of the rows' prose, the first so many or all of them."""
     held_out = torch.tensor(rows.stream)
-    unigram = -(frequency / frequency.sum()).log()[held_out].mean().item()
-    windows = held_out[: len(held_out) // 511 * 511].view(-1, 511)
-    windows = torch.cat([torch.full((len(windows), 1), rows.bos), windows], 1)
-    logits = torch.cat([model(chunk).logits[:, :-1] for chunk in windows.split(8)])
-    loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
-    return {"recall_by_length": recall_by_length, "held_out_nats": round(loss, 3), "unigram_nats": round(unigram, 3)}
+    cut = held_out[: len(held_out) // 511 * 511].view(-1, 511)[:windows]
+    cut = torch.cat([torch.full((len(cut), 1), rows.bos), cut], 1)
+    logits = torch.cat([model(chunk).logits[:, :-1] for chunk in cut.split(8)])
+    return round(F.cross_entropy(logits.flatten(0, 1), cut[:, 1:].flatten()).item(), 3)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""What trained blocks learn from, and what their training reached: rows of the recipe of the built-in models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from workbench.engine.calibration import Document, Needle
+from workbench.methods.routing.trained import TrainedBlock
+from workbench.models.blocks.training import TOKENS, measured
+from workbench.models.load import LM
+from workbench.models.rows import Row, Rows
+
+LENGTHS = (128, 256, 512)
+"""Tokens of a row."""
+SEED = 977
+"""One that neither the recipe nor a workload starts with."""
+MOST_STEPS = 300
+"""Rows for so many steps are made; a longer training takes them again."""
+
+
+def rows_of(lm: LM, held_out: bool = False) -> Rows:
+    """Rows in a model's tokens. A tokenizer without a token for the beginning or padding gets one all the same."""
+    rows = Rows(lm.tokenizer, SEED, held_out)
+    rows.pad = lm.pad_token
+    rows.bos = rows.pad if rows.bos is None else rows.bos
+    return rows
+
+
+def documents(lm: LM, steps: int) -> tuple[Document, ...]:
+    """Half prose and half recall documents, as many as training takes in so many steps; of the latter the answers count."""
+    rows, made, tokens = rows_of(lm), [], 0
+    while tokens < TOKENS * min(steps, MOST_STEPS):
+        row = rows.row(("text", "recall")[len(made) % 2], rows.rng.choice(LENGTHS))
+        made.append(_document(row))
+        tokens += len(made[-1].tokens)
+    return tuple(made)
+
+
+def _document(row: Row) -> Document:
+    """Without what fills a row up behind its last answer; a needle is an answer."""
+    places = [place for place, task in enumerate(row.tasks) if task == "recall"]
+    if not places:
+        return Document(tuple(row.ids), len(row.ids))
+    firsts = [place for place in places if place - 1 not in places]
+    runs = [[place for place in places if first <= place < later] for first, later in _pairs([*firsts, len(row.ids)])]
+    needles = tuple(Needle(run[0], run[-1] + 1, tuple(place - 1 for place in run)) for run in runs)
+    return Document(tuple(row.ids[: places[-1] + 1]), firsts[0], needles)
+
+
+def _pairs(places: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(places, places[1:], strict=False))
+
+
+@torch.no_grad()
+def reached(lm: LM, method: TrainedBlock) -> dict[str, Any]:
+    """Recall and loss on prose that nothing was trained on: of the model as it is, and with the method's ways of running."""
+    rows = rows_of(lm, held_out=True)
+    ways = {way.label: measured(lm.model, rows, way.forwards(lm, None)) for way in method.ways()}
+    return {"before": measured(lm.model, rows), "after": ways}

@@ -1,0 +1,1 @@
+"""Routing methods: what each token is computed by."""
