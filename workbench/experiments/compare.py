@@ -11,7 +11,8 @@ from statistics import mean, median
 import pandas as pd
 import torch
 
-from workbench.cost.metrics import BEFORE_FIRST_TOKEN, Fired, cache_bytes, fired, ttft_ns
+from workbench.cost.ffn import read_bytes, resident_bytes
+from workbench.cost.metrics import BEFORE_FIRST_TOKEN, Fired, cache_bytes, fired, rerouted, ttft_ns
 from workbench.engine.cache import acting_layers
 from workbench.engine.session import Session
 from workbench.engine.setup import Method, Setup
@@ -143,7 +144,7 @@ def _cell(
         samples.append(_run(lm, workload, setup, episode, dense))
         if on_progress is not None:
             on_progress(setup.label, len(samples), len(episodes))
-    return Cell(_row(setup, episodes, samples), samples[0].trace, _forced(references))
+    return Cell(_row(lm, setup, episodes, samples), samples[0].trace, _forced(references))
 
 
 def _dense_logits(lm: LM, episode: Episode, tokens: Forced) -> list[torch.Tensor]:
@@ -239,7 +240,7 @@ def _check_fired(lm: LM, setup: Setup, trace: Trace, prompt_tokens: int) -> Fire
     return done
 
 
-def _row(setup: Setup, episodes: list[Episode], samples: list[_Sample]) -> Row:
+def _row(lm: LM, setup: Setup, episodes: list[Episode], samples: list[_Sample]) -> Row:
     decode = [sample.trace.table("steps").query("phase == 'decode'")["duration_ns"] for sample in samples]
     flops = [sample.trace.flops(by="phase").set_index("phase")["flops"] for sample in samples]
     moved = [sample.trace.bytes(by="phase").set_index("phase")["bytes"] for sample in samples]
@@ -269,7 +270,22 @@ def _row(setup: Setup, episodes: list[Episode], samples: list[_Sample]) -> Row:
         joules_reason=next((sample.joules_reason for sample in samples if sample.joules_reason), None),
         turn_scores=_turn_scores(samples),
         depth_scores=_depth_scores(episodes, samples),
+        ffn_read_bytes=round(mean(_read_after_prefill(sample.trace) for sample in samples)),
+        ffn_resident_bytes=setup.routing.resident_bytes(lm) if setup.routing else resident_bytes(lm.anatomy),
+        rerouted=_rerouted(samples) if setup.routing else None,
     )
+
+
+def _read_after_prefill(trace: Trace) -> int:
+    """FFN weights read by everything after the prefill."""
+    read = read_bytes(trace)
+    return int(read.loc[~read["phase"].isin(BEFORE_FIRST_TOKEN), "read_bytes"].sum())
+
+
+def _rerouted(samples: list[_Sample]) -> tuple[int, int, int, int]:
+    done = [rerouted(sample.trace) for sample in samples]
+    layers, due = min(each.layers for each in done), max(each.due_layers for each in done)
+    return layers, due, sum(each.steps for each in done), sum(each.due_steps for each in done)
 
 
 def _turn_scores(samples: list[_Sample]) -> tuple[float, ...]:

@@ -1,1 +1,1 @@
-"""Routing methods: what each token is computed by."""
+"""Routing methods: which experts a token is given, or what is computed in their place or in the place of an FFN."""
