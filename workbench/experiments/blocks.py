@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,18 +39,18 @@ def documents(lm: LM, steps: int) -> tuple[Document, ...]:
 
 
 def _document(row: Row) -> Document:
-    """Without what fills a row up behind its last answer; a needle is an answer."""
+    """Without what fills a row up behind its last answer. A needle is an answer's words, where they were first said."""
     places = [place for place, task in enumerate(row.tasks) if task == "recall"]
     if not places:
         return Document(tuple(row.ids), len(row.ids))
-    firsts = [place for place in places if place - 1 not in places]
-    runs = [[place for place in places if first <= place < later] for first, later in _pairs([*firsts, len(row.ids)])]
-    needles = tuple(Needle(run[0], run[-1] + 1, tuple(place - 1 for place in run)) for run in runs)
-    return Document(tuple(row.ids[: places[-1] + 1]), firsts[0], needles)
-
-
-def _pairs(places: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(places, places[1:], strict=False))
+    starts = [place for place in places if place - 1 not in places]
+    needles = []
+    for start in starts:
+        stop = next(place for place in range(start, len(row.ids) + 1) if place - 1 in places and place not in places)
+        words = row.ids[start : stop - 1]  # without the full stop
+        said = next((at for at in range(start) if row.ids[at : at + len(words)] == words), start)
+        needles.append(Needle(said, said + len(words), tuple(range(start - 1, stop - 2))))
+    return Document(tuple(row.ids[: places[-1] + 1]), starts[0], tuple(needles))
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,10 @@ from workbench.engine.calibration import Calibration, Document, Needle, Sample, 
 from workbench.engine.policy import ROTATION, LayerState
 from workbench.engine.session import Session
 from workbench.errors import UserError
+from workbench.experiments import blocks
 from workbench.methods.base import METHODS, Method, parse_method
+from workbench.methods.routing.base import RoutingMethod
+from workbench.methods.routing.trained import TrainedBlock
 from workbench.models.anatomy import output_projections
 from workbench.models.fingerprint import fingerprint
 from workbench.models.load import LM, builtin_names, load
@@ -46,7 +51,8 @@ def calibrate(
         lm: the model.
         method: a method that needs it, or its text form such as `compress-kv`; knobs the calibration depends on count.
         documents: texts to learn from; by default eight documents of 512 tokens (fewer if the model has no room), in which
-            facts are hidden in prose and recalled at the end.
+            facts are hidden in prose and recalled at the end, and for a block that is trained some hundreds of these and of
+            plain prose.
         on_progress: called with a label, and texts (of a training, steps) done and in all.
 
     Raises:
@@ -55,7 +61,7 @@ def calibrate(
     chosen = parse_method(method) if isinstance(method, str) else method
     model = fingerprint(lm)
     if chosen.calibrated_by is None:
-        needing = ", ".join(map(_title, _to_calibrate()))
+        needing = ", ".join(map(_title, _to_calibrate(lm)))
         raise UserError(f"{chosen.label!r} needs no calibration; those that do are {needing}.")
     if model is None:
         raise UserError(f"Some weights of {lm.name} are not in memory, so a calibration of it could not be found again.")
@@ -69,36 +75,60 @@ def calibrate(
 def ship(name: str) -> list[Path]:
     """Calibrates every method, with its default knobs, for a built-in model, and keeps that beside the model."""
     lm = load(name, device="cpu")
-    return [_found(lm, method, fingerprint(lm), None, None).save(shipped_file(name, method)) for method in _to_calibrate()]
+    methods = _to_calibrate(lm)
+    return [_found(lm, method, fingerprint(lm), None, None).save(shipped_file(name, method)) for method in methods]
 
 
 def _found(
     lm: LM, method: Method, model: str, documents: Sequence[Document] | None, on_progress: Progress | None
 ) -> Calibration:
-    texts = recall_documents(lm, TEXTS) if documents is None else tuple(documents)
+    texts = _usual_documents(lm, method) if documents is None else tuple(documents)
     if not texts:
         raise UserError("There is no text to calibrate with; give at least one document, or leave documents out.")
     layers = tuple(_acting(lm))
+    started = time.monotonic()
     with torch.no_grad():
         tables = method.calibrate(_Samples(lm, method, texts, on_progress))
+    usual = "recall and prose" if isinstance(method, TrainedBlock) else "recall"
     about = {
         "model": lm.name,
-        "texts": "recall" if documents is None else "given",
+        "texts": usual if documents is None else "given",
         "documents": len(texts),
         "tokens": sum(len(text.tokens) for text in texts),
     }
     tables = {name: table.detach().cpu() for name, table in tables.items()}
-    return Calibration(method.name, method.calibration_knobs(), model, layers, about, tables)
+    found = Calibration(method.name, method.calibration_knobs(), model, layers, about, tables)
+    if documents is not None or not isinstance(method, TrainedBlock):
+        return found
+    seconds = round(time.monotonic() - started, 1)
+    reached = {"seconds": seconds, **blocks.reached(lm, method.with_calibration(found))}
+    return dataclasses.replace(found, about={**about, "reached": reached})
+
+
+def _usual_documents(lm: LM, method: Method) -> tuple[Document, ...]:
+    """What a method learns from if nothing was given."""
+    return blocks.documents(lm, method.steps) if isinstance(method, TrainedBlock) else recall_documents(lm, TEXTS)
 
 
 def calibrations(lm: LM) -> dict[str, Calibration | None]:
     """What can be calibrated, methods with their default knobs in their text form, and what there is of it for a model."""
     model = fingerprint(lm)
-    return {_title(method): find(model, method) if model else None for method in _to_calibrate()}
+    return {_title(method): find(model, method) if model else None for method in _to_calibrate(lm)}
 
 
-def _to_calibrate() -> list[Method]:
-    return [method for cls in METHODS.values() for method in cls.to_calibrate()]
+def _to_calibrate(lm: LM) -> list[Method]:
+    """What can be calibrated for a model: methods it is of the right make for."""
+    return [method for cls in METHODS.values() for method in cls.to_calibrate() if serves(method, lm)]
+
+
+def serves(method: Method, lm: LM) -> bool:
+    """Whether a method takes a model of this make; cache methods take any."""
+    try:
+        if isinstance(method, RoutingMethod):
+            method.check(lm.anatomy)
+    except UserError:
+        return False
+    return True
 
 
 def _title(method: Method) -> str:

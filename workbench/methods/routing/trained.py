@@ -6,15 +6,17 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import nn
 
+from workbench.cost.ffn import resident_bytes
 from workbench.engine.calibration import Samples
 from workbench.engine.call import Call
 from workbench.errors import UserError
-from workbench.methods.base import Method, knob
+from workbench.methods.base import knob
+from workbench.methods.routing.base import RoutingMethod
 from workbench.models.blocks.attach import Forward, llama_layers
 from workbench.models.blocks.training import Text, train
 from workbench.trace.anatomy import Anatomy
@@ -24,14 +26,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainedBlock(Method):
+class TrainedBlock(RoutingMethod):
     """A block whose weights are the method's calibration. A method says how it is made and where it is put."""
 
-    slot: ClassVar[str] = "routing"
     calibrated_by: ClassVar[tuple[str, ...]] = ("steps",)
     trains: ClassVar[bool] = True
 
-    steps: int = knob(400, low=1, high=1_000_000, unit="steps", help="Training steps of some 2,048 tokens.")
+    steps: int = knob(300, low=1, high=1_000_000, unit="steps", help="Training steps of some 2,048 tokens.")
 
     def build(self, lm: LM) -> nn.Module:
         """The block as it is before training."""
@@ -42,17 +43,27 @@ class TrainedBlock(Method):
         raise NotImplementedError
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raises UserError for a model with experts: the blocks are made for dense layers."""
-        layer = next((layer for layer in anatomy.layers if layer.experts is not None), None)
-        if layer is not None:
-            raise UserError(
-                f"{self.name!r} takes the place of parts of a dense layer, and layer {layer.index} of this "
-                f"{anatomy.class_name} has experts; choose another method, or a dense model such as tiny-dense."
-            )
+        """Raises UserError for a model whose layers are not Llama's: two norms, attention and a gated FFN without experts."""
+        for layer in anatomy.layers:
+            num_ffn = sum(linear.component == "mlp" for linear in layer.linears)
+            if layer.experts is not None or len(layer.norms) != 2 or num_ffn != 3:
+                has = "experts" if layer.experts is not None else f"{len(layer.norms)} norms and {num_ffn} matrices in its FFN"
+                raise UserError(
+                    f"{self.name!r} takes the place of parts of a layer of two norms, attention and a gated FFN, and layer "
+                    f"{layer.index} of {anatomy.class_name} has {has}; choose another method, or a model such as tiny-dense."
+                )
 
     def forwards(self, lm: LM, call: Call | None) -> Mapping[nn.Module, Forward]:
         """The trained block in place of parts of the model."""
         return self.placed(self._block(lm), lm, call)
+
+    def resident_bytes(self, lm: LM) -> int:
+        """Bytes of the model's FFNs and of what comes beside them."""
+        return resident_bytes(lm.anatomy) + sum(weight.nbytes for weight in self._block(lm).parameters())
+
+    def ways(self) -> tuple[Self, ...]:
+        """The ways in which what was trained may be run, as far as they answer differently."""
+        return (self,)
 
     def calibrate(self, samples: Samples) -> dict[str, torch.Tensor]:
         """The block's trained weights, in half precision."""

@@ -10,11 +10,13 @@ from torch import nn
 
 from workbench.engine.calibration import Samples
 from workbench.engine.call import Call
+from workbench.errors import UserError
 from workbench.methods.base import knob, register
 from workbench.methods.routing.trained import TrainedBlock
 from workbench.models.blocks.attach import Forward, llama_layers
 from workbench.models.blocks.training import Text, train
-from workbench.models.blocks.versatile_ffn import VersatileBlock
+from workbench.models.blocks.versatile_ffn import SLICES, VersatileBlock
+from workbench.trace.anatomy import Anatomy
 
 if TYPE_CHECKING:
     from workbench.models.load import LM
@@ -42,6 +44,17 @@ class VersatileFFN(TrainedBlock):
         help="Whether a pass is computed for the tokens that take it, or for all of them.",
     )
 
+    def check(self, anatomy: Anatomy) -> None:
+        """Raises UserError for a model whose FFNs cannot be cut into equal slices, too."""
+        super().check(anatomy)
+        for layer in anatomy.layers:
+            inner = next(linear.in_features for linear in layer.linears[::-1] if linear.component == "mlp")
+            if inner % SLICES:
+                raise UserError(
+                    f"{self.name!r} cuts an FFN into {SLICES} equal slices, which the {inner} neurons of layer {layer.index} "
+                    f"of {anatomy.class_name} are not; choose another model, such as tiny-dense, or another method."
+                )
+
     def build(self, lm: LM) -> VersatileBlock:
         """The model's own FFNs, and gates that know nothing."""
         return VersatileBlock(llama_layers(lm.model, self.name))
@@ -49,6 +62,10 @@ class VersatileFFN(TrainedBlock):
     def placed(self, block: VersatileBlock, lm: LM, call: Call | None) -> Mapping[nn.Module, Forward]:
         """In place of every FFN, and of the norm before it, which tells the residual stream."""
         return block.forwards(llama_layers(lm.model, self.name), call, ragged=self.loops == "ragged")
+
+    def resident_bytes(self, lm: LM) -> int:
+        """Bytes of the FFNs, which are the block's own, and of their gates."""
+        return sum(weight.nbytes for weight in self._block(lm).parameters())
 
     def learn(self, block: VersatileBlock, lm: LM, texts: list[Text], samples: Samples) -> None:
         """As any block, at a falling temperature."""

@@ -28,14 +28,23 @@ class Progress(Protocol):
     positions: torch.Tensor | None
     has_padding: bool
     thinned: Any
-    memory: dict[Any, Any]
+    memory: dict[str, Any]
 
     def thin(self, passing: torch.Tensor) -> None:
         """From here on only some of the call's tokens are there."""
         ...
 
-    def work(self, layer: int, component: str, *, flops: int = 0, bytes: int = 0, weight_bytes: int = 0) -> None:
-        """What a component of a layer did in this call."""
+    def work(
+        self,
+        layer: int,
+        component: str,
+        *,
+        changed: int,
+        flops: int | None = None,
+        bytes: int | None = None,
+        weight_bytes: int | None = None,
+    ) -> None:
+        """What a component of a layer did in this call, and for how many tokens it was not what the model would have done."""
         ...
 
     def routed(self, layer: int, num_choices: int, experts: torch.Tensor, weights: torch.Tensor) -> None:

@@ -200,18 +200,19 @@ class Reading:
         if thinned is not None:
             where = thinned[..., None].expand_as(values)
             values = values.new_zeros(*self._positions.shape, values.shape[-1]).scatter_add(1, where, values)
-        added = memory.added(self._past(layer, values, memory.reach), values)
+        added = memory.added(self._past(f"values {layer}", values, memory.reach), values)
         if call is not None:
-            moved = memory.gathered_bytes(hidden[..., 0].numel()) + 2 * hidden.nbytes
-            weights = memory.weight_bytes()
-            call.work(layer, "method", flops=memory.flops(hidden[..., 0].numel()), bytes=moved + weights, weight_bytes=weights)
+            tokens, weights = hidden[..., 0].numel(), memory.weight_bytes()
+            read = weights + memory.gathered_bytes(tokens)
+            moved = read + 2 * hidden.nbytes
+            call.work(layer, "method", changed=tokens, flops=memory.flops(tokens), bytes=moved, weight_bytes=read)
         return (added if thinned is None else _taken(added, thinned)).to(hidden.dtype)
 
-    def _past(self, name: str | int, new: torch.Tensor, reach: int, empty: torch.Tensor | float = 0.0) -> torch.Tensor:
+    def _past(self, name: str, new: torch.Tensor, reach: int, empty: torch.Tensor | float = 0.0) -> torch.Tensor:
         """`[B, reach, ...]` what there was before the call's tokens, which are remembered."""
         if self._call is None:
             return new.new_zeros(len(new), reach, *new.shape[2:]) + empty
-        key = ("engram", name)
+        key = f"engram {name}"
         known = self._call.memory.get(key)
         first = self._positions[:, -1] - self._positions.shape[1] + 1
         before = Past.empty(new) if known is None else known

@@ -1,19 +1,18 @@
 """Mixture-of-Recursions: the middle layers are one shared layer, which some tokens go through more often than others.
 
-Source: Bae et al. 2025 (arXiv 2507.10524), the expert-choice file of its code. First and last layer stay as they are; each of
-the `Nr = L - 2` recursions keeps a share of the tokens that the one before it kept. Shapes: B rows, T tokens, d hidden size.
+Source: Bae et al. 2025 (arXiv 2507.10524), the expert-choice file of its code. First and last layer are layers of their
+own; each of the `Nr = L - 2` recursions keeps a share of the tokens that the one before it kept. Shapes: B rows, T tokens, d
+hidden size.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from workbench.errors import UserError
 from workbench.models.blocks.attach import Forward, Progress
 
 ALPHA = 0.1
@@ -50,32 +49,42 @@ def recursed(stream: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, o
     return stream.scatter_add(1, index[..., None].expand_as(out), added.to(stream.dtype))
 
 
-def shared_layer(layers: Sequence[nn.Module]) -> nn.Module:
-    """A layer with the mean weights of several. It shares their config, which says how attention is computed."""
+def own_layer(layer: nn.Module) -> nn.Module:
+    """A layer like another, its weights a copy, and nothing on it of what may hang on that one."""
     with torch.device("meta"):
-        mean = type(layers[0])(layers[0].self_attn.config, layers[0].self_attn.layer_idx)
-    states = [layer.state_dict() for layer in layers]
-    weights = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
-    mean.load_state_dict(weights, assign=True)
-    return mean.requires_grad_(True)
+        own = type(layer)(layer.self_attn.config, layer.self_attn.layer_idx)
+    own.load_state_dict({name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}, assign=True)
+    return own.requires_grad_(True)
+
+
+def weights_in_place(layer: nn.Module, own: nn.Module) -> dict[nn.Module, Forward]:
+    """What makes a layer compute with the weights of another: that one's matrices and norms in place of its own."""
+    return {
+        part: _instead(own.get_submodule(name))
+        for name, part in layer.named_modules()
+        if next(part.parameters(recurse=False), None) is not None
+    }
+
+
+def _instead(own: nn.Module) -> Forward:
+    return lambda _, *args, **kwargs: own(*args, **kwargs)
 
 
 class RecursionBlock(nn.Module):
-    """The shared layer, and a router for each recursion."""
+    """The first layer, the shared one and the last, and a router for each recursion."""
 
     def __init__(self, layers: Sequence[nn.Module], alpha: float = ALPHA):
         super().__init__()
-        if len(layers) < 4:
-            raise UserError(
-                f"'mixture-of-recursions' shares the middle layers of four or more, and this model has {len(layers)}; "
-                "choose another model."
-            )
-        middle = list(layers[1:-1])
-        self.shared = shared_layer(middle)
-        hidden = self.shared.mlp.gate_proj.in_features
-        self.routers = nn.ParameterList(nn.Parameter(0.02 * torch.randn(hidden)) for _ in middle)
+        self.first, self.shared, self.last = (own_layer(layers[index]) for index in (0, 1, -1))
+        with torch.no_grad():  # so that what an undecided router lets through is about what the layer gave
+            for part in (self.shared.self_attn.o_proj, self.shared.mlp.down_proj):
+                part.weight.mul_(2 / alpha)
+        recursions = len(layers) - 2
+        self.routers = nn.ParameterList(
+            nn.Parameter(0.02 * torch.randn_like(self.shared.input_layernorm.weight)) for _ in range(recursions)
+        )
         self.alpha = alpha
-        self.shares = shares(len(middle))
+        self.shares = shares(recursions)
         self.auxiliary: list[torch.Tensor] = []
         """While training, the loss of each recursion's router in the last call."""
 
@@ -86,8 +95,15 @@ class RecursionBlock(nn.Module):
     def forwards(
         self, layers: Sequence[nn.Module], call: Progress | None = None, by_rank: bool = True
     ) -> Mapping[nn.Module, Forward]:
-        """What runs in place of the middle layers: see `Recursions`. If `by_rank`, prompts keep their best tokens."""
-        return Recursions(self, layers, call, by_rank).forwards()
+        """What runs in place of the layers' weights, and of the middle layers: see `Recursions`.
+
+        If `by_rank`, prompts keep their best tokens, else those that a router would keep each for itself.
+        """
+        own = [self.first, *[self.shared] * (len(layers) - 2), self.last]
+        found = Recursions(self, layers, call, by_rank).forwards()
+        for layer, of_layer in zip(layers, own, strict=True):
+            found |= weights_in_place(layer, of_layer)
+        return found
 
 
 class Recursions:
@@ -99,7 +115,6 @@ class Recursions:
     def __init__(self, block: RecursionBlock, layers: Sequence[nn.Module], call: Progress | None, by_rank: bool):
         self._block, self._call, self._by_rank = block, call, by_rank
         self._middle = list(layers[1:-1])
-        self._parts = [_placed(block.shared, layer.self_attn.layer_idx) for layer in self._middle]
         self._kept: torch.Tensor | None = None
 
     def forwards(self) -> dict[nn.Module, Forward]:
@@ -107,10 +122,8 @@ class Recursions:
         return {layer: self._recursion(number) for number, layer in enumerate(self._middle)}
 
     def _recursion(self, number: int) -> Forward:
-        def forward(_: Forward, stream: torch.Tensor, *args, **kwargs):
-            block, call, part = self._block, self._call, self._parts[number]
-            if block.training:
-                part.train()
+        def forward(original: Forward, stream: torch.Tensor, *args, **kwargs):
+            block, call = self._block, self._call
             there = torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
             if call is not None and call.has_padding:
                 there = call.positions >= 0
@@ -130,19 +143,19 @@ class Recursions:
             weights = block.alpha * logits.gather(1, index).sigmoid() * kept.gather(1, index)
             gathered = _gathered(kwargs, index, stream.shape[1])
             states = stream.gather(1, index[..., None].expand(*index.shape, stream.shape[-1]))
-            return recursed(stream, index, weights, self._run(part, kept, states, args, gathered))
+            return recursed(stream, index, weights, self._run(original, kept, states, args, gathered))
 
         return forward
 
-    def _run(self, part: nn.Module, kept: torch.Tensor, states: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+    def _run(self, layer: Forward, kept: torch.Tensor, states: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """The shared layer on the kept tokens, while the call has no others."""
         call = self._call
         if call is None:
-            return part(states, *args, **kwargs)
+            return layer(states, *args, **kwargs)
         before = call.positions, call.has_padding, call.thinned
         call.thin(kept)
         try:
-            return part(states, *args, **kwargs)
+            return layer(states, *args, **kwargs)
         finally:
             call.positions, call.has_padding, call.thinned = before
 
@@ -162,18 +175,11 @@ class Recursions:
         call, block = self._call, self._block
         layer = self._middle[number].self_attn.layer_idx
         size, weights = stream.element_size(), stream.shape[-1] * stream.element_size()
-        call.work(layer, "method", flops=2 * stream.numel(), bytes=stream.numel() * size + weights, weight_bytes=weights)
+        tokens, read = kept.numel(), stream.numel() * size + weights
+        call.work(layer, "method", changed=tokens, flops=2 * stream.numel(), bytes=read, weight_bytes=weights)
         recursions = len(block.shares)
         experts = torch.where(kept, number, recursions).view(-1, 1)
         call.routed(layer, recursions, experts, (block.alpha * logits.float().sigmoid() * kept).view(-1, 1))
-
-
-def _placed(layer: nn.Module, index: int) -> nn.Module:
-    """The same layer, its weights shared, whose keys and values go to another place in the cache."""
-    config = layer.self_attn.config
-    placed = copy.deepcopy(layer, {id(config): config} | {id(parameter): parameter for parameter in layer.parameters()})
-    placed.self_attn.layer_idx = index
-    return placed
 
 
 def _gathered(given: dict, index: torch.Tensor, tokens: int) -> dict:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from workbench.errors import UserError
 from workbench.models.blocks.attach import Forward, Progress
 
 SLICES, ACTIVE, MAX_LOOPS = 8, 2, 4
@@ -51,11 +50,7 @@ class VersatileLayer(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = (
             nn.Parameter(getattr(mlp, name).weight.detach().clone()) for name in ("gate_proj", "up_proj", "down_proj")
         )
-        inner, hidden = self.gate_proj.shape
-        if inner % SLICES:
-            raise UserError(
-                f"'versatile-ffn' cuts an FFN into {SLICES} equal slices, which {inner} neurons are not; choose another model."
-            )
+        hidden = self.gate_proj.shape[1]
         self.activation = mlp.act_fn
         self.expert_gate = nn.Linear(hidden, SLICES, bias=False)
         self.depth_predictor = nn.Linear(hidden, MAX_LOOPS, bias=False)
@@ -192,9 +187,11 @@ def _tell(call: Progress, index: int, own: VersatileLayer, served: Served, loops
     weights = 3 * own.gate_proj.numel() * size
     # Every pass and every slice takes a state in and gives one out; the weights are read once, as every path shares them.
     moved = 2 * hidden * size * (served.passes + ACTIVE * served.easy)
-    call.work(index, "mlp", flops=own.flops(served.passes, served.easy), bytes=moved + weights, weight_bytes=weights)
+    flops = own.flops(served.passes, served.easy)
+    call.work(index, "mlp", changed=tokens, flops=flops, bytes=moved + weights, weight_bytes=weights)
     gates = (own.expert_gate.weight.numel() + own.depth_predictor.weight.numel()) * size
-    call.work(index, "method", flops=own.gate_flops(tokens), bytes=hidden * tokens * size + gates, weight_bytes=gates)
+    read = hidden * tokens * size + gates
+    call.work(index, "method", changed=tokens, flops=own.gate_flops(tokens), bytes=read, weight_bytes=gates)
     choices = SLICES + MAX_LOOPS
     slices = torch.where(served.slices < 0, choices, served.slices)
     chosen = torch.cat([slices, SLICES - 1 + loops[:, None]], 1)
