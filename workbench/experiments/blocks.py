@@ -8,6 +8,7 @@ import torch
 
 from workbench.engine.calibration import Document, Needle
 from workbench.methods.routing.trained import TrainedBlock
+from workbench.models import card
 from workbench.models.blocks.training import TOKENS, measured
 from workbench.models.load import LM
 from workbench.models.rows import Row, Rows
@@ -22,15 +23,15 @@ MOST_STEPS = 300
 
 def rows_of(lm: LM, held_out: bool = False) -> Rows:
     """Rows in a model's tokens. A tokenizer without a token for the beginning or padding gets one all the same."""
-    rows = Rows(lm.tokenizer, SEED, held_out)
+    rows = Rows(lm.tokenizer, card.SEED if held_out else SEED, held_out)
     rows.pad = lm.pad_token
     rows.bos = rows.pad if rows.bos is None else rows.bos
     return rows
 
 
-def documents(lm: LM, steps: int) -> tuple[Document, ...]:
+def documents(rows: Rows, steps: int) -> tuple[Document, ...]:
     """Half prose and half recall documents, as many as training takes in so many steps; of the latter the answers count."""
-    rows, made, tokens = rows_of(lm), [], 0
+    made, tokens = [], 0
     while tokens < TOKENS * min(steps, MOST_STEPS):
         row = rows.row(("text", "recall")[len(made) % 2], rows.rng.choice(LENGTHS))
         made.append(_document(row))

@@ -107,7 +107,9 @@ def _found(
 
 def _usual_documents(lm: LM, method: Method) -> tuple[Document, ...]:
     """What a method learns from if nothing was given."""
-    return blocks.documents(lm, method.steps) if isinstance(method, TrainedBlock) else recall_documents(lm, TEXTS)
+    return (
+        blocks.documents(blocks.rows_of(lm), method.steps) if isinstance(method, TrainedBlock) else recall_documents(lm, TEXTS)
+    )
 
 
 def calibrations(lm: LM) -> dict[str, Calibration | None]:

@@ -134,10 +134,10 @@ def recall_by_length(model, rows: Rows, lengths: Sequence[int], samples: int) ->
 
 
 @torch.no_grad()
-def held_out_nats(model, rows: Rows, windows: int | None = None) -> float:
-    """Mean loss of the next token over windows of 512 tokens of the rows' prose, the first so many or all of them."""
+def held_out_nats(model, rows: Rows) -> float:
+    """Mean loss of the next token over windows of 512 tokens of the rows' prose."""
     held_out = torch.tensor(rows.stream)
-    cut = held_out[: len(held_out) // 511 * 511].view(-1, 511)[:windows]
+    cut = held_out[: len(held_out) // 511 * 511].view(-1, 511)
     cut = torch.cat([torch.full((len(cut), 1), rows.bos), cut], 1)
     logits = torch.cat([model(chunk).logits[:, :-1] for chunk in cut.split(8)])
     return round(F.cross_entropy(logits.flatten(0, 1), cut[:, 1:].flatten()).item(), 3)

@@ -69,7 +69,7 @@ class TrainedBlock(RoutingMethod):
         """The block's trained weights, in half precision."""
         lm = samples.lm
         self.check(lm.anatomy)
-        block = self._untrained(lm)
+        block = self.untrained(lm)
         texts = [
             Text(document.tokens, tuple(place + 1 for needle in document.needles for place in needle.asking))
             for document in samples.documents
@@ -81,7 +81,7 @@ class TrainedBlock(RoutingMethod):
         """Trains the block on the texts."""
         train(lm.model, block, self.placed(block, lm, None), texts, self.steps, samples.advance)
 
-    def _untrained(self, lm: LM) -> nn.Module:
+    def untrained(self, lm: LM) -> nn.Module:
         """The same first weights every time, whatever was drawn before, and without a trace in what is drawn later."""
         llama_layers(lm.model, self.name)
         with torch.random.fork_rng(devices=[]):
@@ -91,7 +91,7 @@ class TrainedBlock(RoutingMethod):
     def _block(self, lm: LM) -> nn.Module:
         """The trained block, made once a model."""
         if lm.model not in self._made:
-            block = self._untrained(lm)
+            block = self.untrained(lm)
             block.load_state_dict(dict(self.tables))
             weight = next(lm.model.parameters())
             self._made[lm.model] = block.to(weight.dtype).eval().requires_grad_(False)

@@ -24,8 +24,8 @@ LEARNING_RATE, WARM_UP = 2e-3, 20
 """Peak rate of AdamW and steps up to it; a cosine takes it to a fiftieth."""
 TOKENS = 2048
 """Tokens of a step."""
-LENGTHS, SAMPLES, WINDOWS = (128, 256, 512), 24, 24
-"""What a model is measured by, before and after: contexts and texts of each for recall, windows of held-out prose."""
+LENGTHS, SAMPLES = (128, 256, 512), 64
+"""What recall is measured over, before and after: contexts, and texts of each."""
 
 
 @dataclass(frozen=True)
@@ -112,4 +112,4 @@ def measured(model: nn.Module, rows: Rows, forwards: Mapping[nn.Module, Forward]
     rows.rng.seed(SEED)
     with attached(forwards or {}):
         recalled = recall_by_length(model, rows, LENGTHS, SAMPLES)
-        return {"recall_by_length": recalled, "held_out_nats": held_out_nats(model, rows, WINDOWS)}
+        return {"recall_by_length": recalled, "held_out_nats": held_out_nats(model, rows)}
