@@ -19,7 +19,7 @@ from workbench.engine.setup import Method, Setup
 from workbench.errors import MethodDidNotFire
 from workbench.experiments.cells import Cell, Cells, cell_key
 from workbench.experiments.fidelity import kl_to_dense, negative_log_likelihood, top1_agreement
-from workbench.methods.base import parse_method
+from workbench.methods.base import parse_setup
 from workbench.models.load import LM
 from workbench.probes.energy import energy
 from workbench.probes.environment import environment
@@ -82,7 +82,7 @@ def compare(
     Args:
         lm: the model.
         workload: what to run.
-        setups: setups, methods, or methods in text form such as `h2o:budget=0.2`.
+        setups: setups, methods, or their text form such as `h2o:budget=0.2` or `h2o:budget=0.2 + top-k:k=1`.
         out: folder to keep finished results in.
         fresh: runs everything again, replacing what is kept.
         on_progress: called after each episode.
@@ -155,7 +155,7 @@ def _dense_logits(lm: LM, episode: Episode, tokens: Forced) -> list[torch.Tensor
 
 
 def _setup(given: Given) -> Setup:
-    return Setup(parse_method(given)) if isinstance(given, str) else Setup.of(given)
+    return parse_setup(given) if isinstance(given, str) else Setup.of(given)
 
 
 def _distinct(setups: list[Setup]) -> list[Setup]:
