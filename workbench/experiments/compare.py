@@ -91,7 +91,7 @@ def compare(
         UserError: for setups that do not go together, a workload that does not fit, or a folder that cannot be written.
         MethodDidNotFire: if a method had something to do and did not do it.
     """
-    chosen = [setup.ready(lm) for setup in _distinct([_setup(given) for given in setups])]
+    chosen = [setup.ready(lm) for setup in distinct([parsed(given) for given in setups])]
     episodes = workload.episodes(lm)
     settings = {option.name: getattr(workload, option.name) for option in dataclasses.fields(workload)}
     cells = Cells(Path(out), cell_key(lm, workload.name, settings, episodes), fresh) if out is not None else None
@@ -154,11 +154,12 @@ def _dense_logits(lm: LM, episode: Episode, tokens: Forced) -> list[torch.Tensor
     return [_lead(session, turn.prompt, led) for turn, led in zip(episode.turns, tokens, strict=True)]
 
 
-def _setup(given: Given) -> Setup:
+def parsed(given: Given) -> Setup:
+    """A setup from whatever names one, its text form included."""
     return parse_setup(given) if isinstance(given, str) else Setup.of(given)
 
 
-def _distinct(setups: list[Setup]) -> list[Setup]:
+def distinct(setups: list[Setup]) -> list[Setup]:
     """Dense first, then every other setup once."""
     by_label = {setup.label: setup for setup in setups}
     by_label.pop("dense", None)
