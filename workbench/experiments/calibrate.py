@@ -85,7 +85,7 @@ def _found(
     texts = _usual_documents(lm, method) if documents is None else tuple(documents)
     if not texts:
         raise UserError("There is no text to calibrate with; give at least one document, or leave documents out.")
-    layers = tuple(_acting(lm))
+    layers = tuple(_acting(lm)) if method.slot == "cache" else ()
     started = time.monotonic()
     with torch.no_grad():
         tables = method.calibrate(_Samples(lm, method, texts, on_progress))
