@@ -7,8 +7,9 @@ import torch
 
 import workbench as wb
 from workbench.engine.calibration import Calibration, Document, Needle
-from workbench.experiments.blocks import documents, rows_of
+from workbench.experiments.blocks import documents, reached, rows_of
 from workbench.methods.routing.trained import TrainedBlock
+from workbench.models.blocks import training
 from workbench.models.blocks.attach import attached
 from workbench.models.fingerprint import fingerprint
 from workbench.testing import footprint, ids, random_llama, random_model
@@ -202,6 +203,22 @@ def test_training_texts_are_prose_and_recall_whose_answers_count(tiny):
             asked = [text.tokens[place + 1] for place in needle.asking]
             assert len(asked) == 3 and asked == list(text.tokens[needle.start : needle.stop])
             assert needle.stop <= text.prompt_tokens <= needle.asking[0] + 1
+
+
+@pytest.mark.parametrize("cls", BLOCKS, ids=labelled)
+def test_what_was_reached_is_measured_in_every_way_that_answers_differently(tiny, cls, monkeypatch):
+    monkeypatch.setattr(training, "LENGTHS", (128,))
+    monkeypatch.setattr(training, "SAMPLES", 2)
+    rows = rows_of(tiny, held_out=True)
+    rows.stream = rows.stream[:1100]
+    method = known(tiny, cls(), changed=False)
+    found = reached(tiny, method, rows)
+    ways = {"mixture-of-recursions": 2}.get(cls.name, 1)
+    assert len(found["after"]) == ways and method.label in found["after"]
+    assert found["before"]["recall_by_length"] == {128: 1.0} and 2 < found["before"]["held_out_nats"] < 5
+    assert found["untrained"] == found["after"][method.label]
+    same = [after == found["before"] for after in found["after"].values()]
+    assert same == [cls is wb.Engram] * ways  # which alone changes nothing before it is trained
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,11 @@ def _document(row: Row) -> Document:
 
 
 @torch.no_grad()
-def reached(lm: LM, method: TrainedBlock) -> dict[str, Any]:
-    """Recall and loss on prose that nothing was trained on: of the model as it is, and with the method's ways of running."""
-    rows = rows_of(lm, held_out=True)
+def reached(lm: LM, method: TrainedBlock, rows: Rows) -> dict[str, Any]:
+    """Recall and loss on rows that nothing was trained on.
+
+    `before` are those of the model as it is, `untrained` with the block training began with, `after` in the ways of running it.
+    """
+    untrained = method.placed(method.untrained(lm).eval(), lm, None)
     ways = {way.label: measured(lm.model, rows, way.forwards(lm, None)) for way in method.ways()}
-    return {"before": measured(lm.model, rows), "after": ways}
+    return {"before": measured(lm.model, rows), "untrained": measured(lm.model, rows, untrained), "after": ways}

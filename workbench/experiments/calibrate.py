@@ -101,7 +101,8 @@ def _found(
     if documents is not None or not isinstance(method, TrainedBlock):
         return found
     seconds = round(time.monotonic() - started, 1)
-    reached = {"seconds": seconds, **blocks.reached(lm, method.with_calibration(found))}
+    held_out = blocks.rows_of(lm, held_out=True)
+    reached = {"seconds": seconds, **blocks.reached(lm, method.with_calibration(found), held_out)}
     return dataclasses.replace(found, about={**about, "reached": reached})
 
 

@@ -1,4 +1,4 @@
-"""Engram: hashed tables of n-grams, whose rows are added to the residual stream. DeepSeek-AI 2026, arXiv 2601.07372."""
+"""Engram: hashed tables of n-grams, whose rows are added to the residual stream. Cheng et al. 2026, arXiv 2601.07372."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Engram(TrainedBlock):
     """Looks the last two and three tokens up in hashed tables and adds what it finds before attention, as far as it fits."""
 
     name: ClassVar[str] = "engram"
-    paper: ClassVar[str] = "DeepSeek-AI 2026, arXiv 2601.07372"
+    paper: ClassVar[str] = "Cheng et al. 2026, arXiv 2601.07372"
     deviations: ClassVar[tuple[str, ...]] = (
         "The model is not trained with it: a finished one stays as it is, and the tables, projections and gates alone are "
         "trained, for a few minutes.",

@@ -68,7 +68,7 @@ class MixtureOfRecursions(TrainedBlock):
 
     def ways(self) -> tuple[Self, ...]:
         """By both choices."""
-        return tuple(replace(self, choice=choice) for choice in ("top-k", "threshold"))
+        return tuple(replace(self, choice=choice).with_calibration(self.calibration) for choice in ("top-k", "threshold"))
 
     def learn(self, block: RecursionBlock, lm: LM, texts: list[Text], samples: Samples) -> None:
         """As any block, and its routers learn whom they would choose."""

@@ -30,7 +30,6 @@ class TrainedBlock(RoutingMethod):
     """A block whose weights are the method's calibration. A method says how it is made and where it is put."""
 
     calibrated_by: ClassVar[tuple[str, ...]] = ("steps",)
-    trains: ClassVar[bool] = True
 
     steps: int = knob(300, low=1, high=1_000_000, unit="steps", help="Training steps of some 2,048 tokens.")
 

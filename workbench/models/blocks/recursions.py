@@ -3,6 +3,8 @@
 Source: Bae et al. 2025 (arXiv 2507.10524), the expert-choice file of its code. First and last layer are layers of their
 own; each of the `Nr = L - 2` recursions keeps a share of the tokens that the one before it kept. Shapes: B rows, T tokens, d
 hidden size.
+
+NB: how many tokens a recursion keeps is asked of the device, so a GPU waits for the host once a recursion.
 """
 
 from __future__ import annotations

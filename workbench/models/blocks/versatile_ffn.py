@@ -4,6 +4,8 @@ Source: huawei-noah/noah-research, VersatileFFN (arXiv 2512.14531). Shapes: T to
 
 All is said as what is added to the residual stream x after attention, so that the layer's own addition stays. As the two
 weights of the slices sum to one, `sum w_i (x + FFN_i(norm x)) = x + sum w_i FFN_i(norm x)`.
+
+NB: which tokens take part in a pass or a slice is asked of the device each time, so a GPU waits for the host in between.
 """
 
 from __future__ import annotations
