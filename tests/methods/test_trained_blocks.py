@@ -193,6 +193,12 @@ def test_two_steps_of_training_are_a_calibration(lm, cls, tmp_path, monkeypatch)
     assert session.logits.isfinite().all() and session.setup.routing.resident_bytes(lm) > 0
 
 
+def test_texts_without_a_next_token_are_one_sentence(lm, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    with pytest.raises(wb.UserError, match="no text has two"):
+        wb.calibrate(lm, wb.Engram(steps=1), documents=[Document((5,), 1)])
+
+
 def test_training_texts_are_prose_and_recall_whose_answers_count(tiny):
     texts = documents(rows_of(tiny, held_out=True), 2)  # which are fewer to make
     assert 2 * 2048 <= sum(len(text.tokens) for text in texts) < 2 * 2048 + 512

@@ -65,14 +65,17 @@ class TrainedBlock(RoutingMethod):
         return (self,)
 
     def calibrate(self, samples: Samples) -> dict[str, torch.Tensor]:
-        """The block's trained weights, in half precision."""
+        """The block's trained weights, in half precision. Raises UserError if there is nothing to learn from."""
         lm = samples.lm
         self.check(lm.anatomy)
         block = self.untrained(lm)
         texts = [
             Text(document.tokens, tuple(place + 1 for needle in document.needles for place in needle.asking))
             for document in samples.documents
+            if len(document.tokens) > 1
         ]
+        if not texts:
+            raise UserError(f"{self.name!r} learns to predict next tokens, and no text has two; give longer documents.")
         self.learn(block, lm, texts, samples)
         return {name: _half(tensor) for name, tensor in block.state_dict().items()}
 

@@ -58,12 +58,14 @@ def attached(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     replaced = []
     try:
         for module, forward in forwards.items():
+            replaced.append((module, vars(module).get("forward")))
             module.forward = partial(forward, module.forward)
-            replaced.append(module)
         yield
     finally:
-        for module in replaced:
+        for module, before in reversed(replaced):
             del module.forward
+            if before is not None:
+                module.forward = before
 
 
 def llama_layers(model: nn.Module, block: str) -> list[nn.Module]:
