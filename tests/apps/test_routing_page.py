@@ -50,20 +50,22 @@ def trace() -> wb.Trace:
 def ran() -> AppTest:
     page = fine(open_page())
     assert page.selectbox(key="model").value == "tiny-moe" and page.info
+    page.selectbox(key="routing.setup.cache").set_value("knorm")
     page.selectbox(key="routing.prompt.kind").set_value("Own text").run()
-    page.text_area(key="routing.prompt.text").set_value("The statement is executed once.").run()
-    page.number_input(key="routing.new_tokens").set_value(3).run()
+    page.text_area(key="routing.prompt.text").set_value("The statement is executed once.")
+    page.number_input(key="routing.new_tokens").set_value(3)
     return fine(page.button(key="routing.run").click().run())
 
 
 def test_a_prompt_is_run_and_its_numbers_are_those_of_a_session(ran):
-    session = wb.Session(wb.load("tiny-moe"))
+    session = wb.Session(wb.load("tiny-moe"), wb.KNorm())
     session.prefill("The statement is executed once.")
     session.generate(3, stop_at_end=False)
     layers = ran.dataframe[0].value
+    assert any(session.trace.setup in each.value for each in ran.text)
     assert layers["read_bytes"].tolist() == session.trace.routing()["read_bytes"].tolist()
     shown = {metric.label: metric.value for metric in ran.metric}
-    assert shown["Expert bytes a decode step"] == "1.688 MiB" and shown["of all experts"] == "25%"  # 4 x 2 x 221,184 bytes
+    assert shown["Bytes a decode step"] == "1.688 MiB" and shown["of all experts"] == "25%"  # 4 x 2 x 221,184 bytes
 
 
 def test_the_phase_and_the_slots_are_chosen(ran):
@@ -79,15 +81,6 @@ def test_each_slot_that_has_methods_has_a_form(ran):
     for slot in filled:
         names = [name for name, cls in wb.METHODS.items() if cls.slot == slot]
         assert set(names) <= set(ran.selectbox(key=f"routing.setup.{slot}").options)
-
-
-def test_a_method_of_another_slot_goes_along():
-    page = open_page()
-    page.selectbox(key="routing.setup.cache").set_value("streaming-llm").run()
-    page.number_input(key="routing.prompt.length").set_value(64).run()
-    page.number_input(key="routing.new_tokens").set_value(2).run()
-    fine(page.button(key="routing.run").click().run())
-    assert any("streaming-llm" in each.value for each in page.text)
 
 
 def test_a_model_without_experts_is_one_sentence():
@@ -109,15 +102,14 @@ def test_a_trace_without_choices_shows_what_it_has_and_says_what_it_lacks(trace)
         wb.Trace(trace.meta, {name: trace.arrow(name) for name in TABLES} | {"choices": TABLES["choices"].empty_table()})
     )
     fine(page)
-    assert {metric.label: metric.value for metric in page.metric}["Reused from the token before"] == "n/a"
+    assert {metric.label: metric.value for metric in page.metric}["Reused next token"] == "n/a"
     fine(page.button_group(key="routing.view").set_value("Tokens in flight").run())
     page.button_group(key="routing.view").set_value("Lanes").run()
     assert not page.exception and len(page.error) == 1 and "no choices by token" in page.error[0].value
 
 
-def test_a_trace_without_experts_or_without_steps_is_one_sentence(tiny, trace):
+def test_a_trace_without_experts_is_one_sentence(tiny):
     session = wb.Session(tiny)
     session.prefill([3, 4])
-    for none in (session.trace, trace.select(steps=range(0))):
-        page = opened(none)
-        assert not page.exception and len(page.error) == 1 and "No expert was called" in page.error[0].value
+    page = opened(session.trace)
+    assert not page.exception and len(page.error) == 1 and "No expert was called" in page.error[0].value

@@ -27,8 +27,10 @@ from workbench_dashboard.trace_views import row_input, trace_inputs
 RUN, OPEN = "run a prompt", "open a trace"
 FIRST_MODEL = "tiny-moe"
 ALL = "all"
-WINDOW = 64
+WINDOW = 48
 """Tokens whose lanes are drawn at first, each wide enough to be read."""
+NARROW = 160
+"""Pixels of a drop-down above a figure."""
 
 
 @st.cache_resource(scope="session", max_entries=1, show_spinner="Running, in its turn", hash_funcs={wb.Setup: repr})
@@ -61,10 +63,10 @@ def numbers(trace: Trace) -> None:
     steps = trace.select(phase=phase).routing() if phase else by_layer
     read, share = (steps["read_bytes"] / steps["steps"]).sum(), steps["read_share"].mean()
     shown = {
-        f"Expert bytes a {phase or 'forward'} step": human_bytes(read),
+        f"Bytes a {phase or 'forward'} step": human_bytes(read),
         "of all experts": f"{share:.0%}",
-        "Busiest expert / mean": f"{by_layer['max_over_mean'].mean():.2f}",
-        "Reused from the token before": _share(by_layer["reuse"].mean()),
+        "Busiest / mean expert": f"{by_layer['max_over_mean'].mean():.2f}",
+        "Reused next token": _share(by_layer["reuse"].mean()),
         "by chance": _share(by_layer["by_chance"].mean()),
     }
     for place, (label, value) in zip(st.columns(len(shown)), shown.items(), strict=True):
@@ -77,7 +79,8 @@ def _share(value: float) -> str:
 
 def _load(trace: Trace, phase: str | None) -> None:
     figures.show(plots.expert_load(trace), "routing.load")
-    st.dataframe(trace.routing(), hide_index=True, key="routing.layers")
+    by_layer = trace.routing().drop(columns=["experts", "top_k", "read_share"]).round(3)
+    st.dataframe(by_layer, hide_index=True, key="routing.layers")
     st.caption(
         "unique and expected: experts a step, and those of independent, even choices. read_bytes: weights of the experts hit, "
         "modelled from the counts. cv, max_over_mean, entropy, gini: how even. reuse: the share of a token's experts that the "
@@ -98,12 +101,12 @@ def _lanes(trace: Trace, phase: str | None) -> None:
 
 
 def _pairs(trace: Trace, phase: str | None) -> None:
-    layer = st.selectbox("Layer", _layers(trace), key="routing.pairs")
+    layer = st.selectbox("Layer", _layers(trace), key="routing.pairs", width=NARROW)
     figures.show(plots.co_activation(trace, layer), "routing.together")
 
 
 def _in_flight(trace: Trace, phase: str | None) -> None:
-    layer = st.selectbox("Layer", [ALL, *_layers(trace)], key="routing.layer")
+    layer = st.selectbox("Layer", [ALL, *_layers(trace)], key="routing.layer", width=NARROW)
     figures.show(plots.unique_experts(trace, None if layer == ALL else layer), "routing.unique")
 
 
@@ -115,7 +118,9 @@ def _cache(trace: Trace, phase: str | None) -> None:
 
 
 def _confidence(trace: Trace, phase: str | None) -> None:
-    of = st.selectbox("Of each token", list(OF), format_func=lambda each: each.replace("_", " "), key="routing.of")
+    of = st.selectbox(
+        "Of each token", list(OF), format_func=lambda each: each.replace("_", " "), key="routing.of", width=NARROW
+    )
     figures.show(plots.router_confidence(trace, of), "routing.confidence")
 
 
@@ -141,7 +146,7 @@ def views(trace: Trace) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
         chosen = st.segmented_control("View", list(VIEWS), default=first, key="routing.view")
         present = set(trace.arrow("steps")["phase"].to_pylist())
-        phase = st.selectbox("Phase", [ALL, *(each for each in PHASES if each in present)], key="routing.phase", width=160)
+        phase = st.selectbox("Phase", [ALL, *(each for each in PHASES if each in present)], key="routing.phase", width=NARROW)
     selected = trace if phase == ALL else trace.select(phase=phase)
     VIEWS[chosen or first](selected, None if phase == ALL else phase)
 
