@@ -52,7 +52,7 @@ def ran() -> AppTest:
     assert page.selectbox(key="model").value == "tiny-moe" and page.info
     page.selectbox(key="routing.setup.cache").set_value("knorm")
     page.selectbox(key="routing.prompt.kind").set_value("Own text").run()
-    page.text_area(key="routing.prompt.text").set_value("The statement is executed once.")
+    page.text_area(key="routing.prompt.text").set_value("The statement is executed once.").run()
     page.number_input(key="routing.new_tokens").set_value(3)
     return fine(page.button(key="routing.run").click().run())
 
