@@ -64,6 +64,20 @@ def test_an_expert_has_the_same_colour_in_every_lane(trace):
     assert steps == [(at, PALETTE[expert]) for expert in range(8) for at in (expert, expert + 1)]
 
 
+def test_lanes_of_many_experts_and_of_tokens_without_texts_say_so():
+    model = random_model("deepseek_v3", n_routed_experts=32)
+    with wb.profile(model, routing="choices") as prof, torch.no_grad():
+        model(ids(4))
+    figure = wb.plots.routing_lanes(prof.trace)
+    drawn = figure.data[0]
+    assert list(drawn.x) == ["0", "1", "2", "3"] and list(figure.layout.yaxis.ticktext) == [
+        "1",
+        "2",
+    ]  # the first layer is dense
+    assert f"experts {len(PALETTE)} apart share one" in figure.layout.title.text and not drawn.showscale
+    assert drawn.colorscale[2 * len(PALETTE)][1] == drawn.colorscale[0][1]
+
+
 def test_lanes_of_a_part_and_of_another_row(trace):
     part = wb.plots.routing_lanes(trace, positions=range(2, 5)).data[0]
     assert (part.z == wb.plots.routing_lanes(trace).data[0].z[:, 2:5]).all() and part.x[0].startswith("2 ")

@@ -49,7 +49,7 @@ def co_activation(trace: Trace, layer: int | None = None) -> go.Figure:
         colorscale=SHARE_SCALE,
         zmin=0,
         zmax=max(float(np.nanmax(share, initial=0.0)), min(1.0, 2 * even)) or 1.0,
-        colorbar=colour_bar("share of the row's tokens", tickformat=".0%"),
+        colorbar=colour_bar("share of the row's tokens", tickformat=".2~p"),
         hoverongaps=False,
         hovertemplate="expert %{y} was given %{customdata[1]:,} tokens<br>%{customdata[0]:,} of them (%{z:.1%}) "
         "went to expert %{x}, too<extra></extra>",

@@ -59,7 +59,7 @@ def routing_lanes(trace: Trace, row: int = 0, positions: range | None = None) ->
     figure = go.Figure()
     figure.add_heatmap(
         z=favourite,
-        x=[f"{start} {_short(texts[start])}" for start in starts],
+        x=[_label(start, texts[start]) for start in starts],
         y=list(range(len(layers))),
         text=[[names_of(texts[start : min(stop, start + width)]) for start in starts]] * len(layers),
         customdata=said,
@@ -70,11 +70,14 @@ def routing_lanes(trace: Trace, row: int = 0, positions: range | None = None) ->
         zmin=-0.5,
         zmax=count - 0.5,
         colorscale=_steps(count),
+        showscale=count <= len(PALETTE),
         colorbar=colour_bar("expert", tickvals=list(range(0, count, -(-count // _TICKS)))),
     )
     mark_phases(figure, [phases[start] for start in starts], LIGHT.ink)
-    shared = f", and {width} tokens share a column" if width > 1 else ""
-    title = f"Experts by token: {plain(trace.setup)}<br><sub>the colour is the expert with the largest weight{shared}</sub>"
+    about = "the colour is the expert with the largest weight"
+    about += f"; experts {len(PALETTE)} apart share one" if count > len(PALETTE) else ""
+    about += f"; {width} tokens share a column" if width > 1 else ""
+    title = f"Experts by token: {plain(trace.setup)}<br><sub>{about}</sub>"
     style(figure, title, "token", "layer", height=230 + 34 * min(len(layers), 20))
     figure.update_xaxes(type="category", showgrid=False)
     return figure.update_yaxes(
@@ -128,5 +131,8 @@ def _steps(count: int) -> list[list]:
     return [[place / count, colour] for expert, colour in enumerate(colours) for place in (expert, expert + 1)]
 
 
-def _short(token: str) -> str:
-    return quoted(token if len(token) <= _LABEL else f"{token[: _LABEL - 1]}…")
+def _label(position: int, token: str | None) -> str:
+    """What stands below a column; a token that is not known has its position alone."""
+    if not token:
+        return str(position)
+    return f"{position} {quoted(token if len(token) <= _LABEL else f'{token[: _LABEL - 1]}…')}"
