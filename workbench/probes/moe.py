@@ -114,13 +114,18 @@ class RoutingProbe:
 
     def _router_observer(self, layer: int) -> Callable[[nn.Module, tuple, dict], None]:
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = args[0] if args else next(iter(kwargs.values()))
-            bias = getattr(module, "bias", None)
-            with torch.no_grad():
-                flat = hidden.reshape(-1, hidden.shape[-1]).float()
-                self._here.logits[layer] = F.linear(flat, module.weight.float(), None if bias is None else bias.float())
+            self._here.logits[layer] = router_logits(module, args, kwargs)
 
         return observe
+
+
+@torch.no_grad()
+def router_logits(router: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """A router's scores of all experts `[tokens, E]` in float32, from what it is called with: what routers return differs."""
+    hidden = args[0] if args else next(iter(kwargs.values()))
+    bias = getattr(router, "bias", None)
+    flat = hidden.reshape(-1, hidden.shape[-1]).float()
+    return F.linear(flat, router.weight.float(), None if bias is None else bias.float())
 
 
 def chosen_experts(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
