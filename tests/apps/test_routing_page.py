@@ -51,6 +51,7 @@ def ran() -> AppTest:
     page = fine(open_page())
     assert page.selectbox(key="model").value == "tiny-moe" and page.info
     page.selectbox(key="routing.setup.cache").set_value("knorm")
+    page.selectbox(key="routing.setup.routing").set_value("top-k")
     page.selectbox(key="routing.prompt.kind").set_value("Own text").run()
     page.text_area(key="routing.prompt.text").set_value("The statement is executed once.").run()
     page.number_input(key="routing.new_tokens").set_value(3)
@@ -58,14 +59,14 @@ def ran() -> AppTest:
 
 
 def test_a_prompt_is_run_and_its_numbers_are_those_of_a_session(ran):
-    session = wb.Session(wb.load("tiny-moe"), wb.KNorm())
+    session = wb.Session(wb.load("tiny-moe"), wb.Setup(wb.KNorm(), wb.TopK(k=1)))
     session.prefill("The statement is executed once.")
     session.generate(3, stop_at_end=False)
     layers = ran.dataframe[0].value
     assert any(session.trace.setup in each.value for each in ran.text)
     assert layers["read_bytes"].tolist() == session.trace.routing()["read_bytes"].tolist()
     shown = {metric.label: metric.value for metric in ran.metric}
-    assert shown["Bytes a decode step"] == "1.688 MiB" and shown["of all experts"] == "25%"  # 4 x 2 x 221,184 bytes
+    assert shown["Bytes a decode step"] == "864 KiB" and shown["of all experts"] == "12%"  # 4 layers x 221,184 bytes
 
 
 def test_the_phase_and_the_slots_are_chosen(ran):

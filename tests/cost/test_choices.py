@@ -9,7 +9,7 @@ import torch
 
 import workbench as wb
 from workbench.cost import routing
-from workbench.cost.choices import neighbours
+from workbench.cost.choices import experts_a_token, neighbours
 from workbench.testing import ids, random_model, random_qwen_moe
 
 
@@ -39,6 +39,16 @@ def test_neighbours_of_a_number_of_ones_own(trace):
     assert set(neighbours(trace, [3])["tokens"]) == {3} and neighbours(trace, [99]).empty
     with pytest.raises(wb.UserError, match="no windows of 0 tokens"):
         neighbours(trace, [0])
+
+
+def test_experts_a_token_are_those_really_given(trace):
+    assert experts_a_token(trace).tolist() == [2.0] * 3
+    session = wb.Session(wb.load("tiny-moe"), wb.TopK(k=1), routing="choices")
+    session.prefill([3, 4, 5, 6])
+    one = session.trace
+    bare = wb.Trace(one.meta, {name: one.arrow(name) for name in one._tables} | {"choices": one.arrow("choices").slice(0, 0)})
+    assert experts_a_token(one).tolist() == experts_a_token(bare).tolist() == [1.0] * 4
+    assert neighbours(one, [1])["expected"].tolist() == pytest.approx([1.0] * 4)
 
 
 def test_a_row_a_layer_holds_what_the_single_functions_say(trace):

@@ -29,18 +29,33 @@ def choices(trace: Trace) -> pd.DataFrame:
     return table.sort_values(["step", "position"])
 
 
+def experts_a_token(trace: Trace) -> pd.Series:
+    """How many experts a token was really given, mean by layer: not the model's number where a method rules or drops some.
+
+    From the table `choices` if there is one, else from the load and the tokens of each step.
+    """
+    table = trace.table("choices")
+    if len(table):
+        return table["experts"].map(lambda experts: (np.asarray(experts) >= 0).sum()).groupby(table["layer"]).mean()
+    given = trace.table("routing").groupby(["step", "layer"], as_index=False)["tokens"].sum()
+    given = given.merge(trace.table("steps")[["step", "tokens"]], on="step", suffixes=("", "_in_flight")).groupby("layer")
+    return given["tokens"].sum() / given["tokens_in_flight"].sum()
+
+
 def neighbours(trace: Trace, sizes: Sequence[int] | None = None) -> pd.DataFrame:
     """One row a layer and number of tokens: experts that so many tokens next to each other hit, mean over all such windows.
 
-    Windows lie in one row of the batch and may span steps. `expected` is of independent, uniform choices. `sizes` are powers
+    Windows lie in one row of the batch and may span steps. `expected` is of independent, uniform choices of as many experts
+    a token. `sizes` are powers
     of two as far as the text goes unless given. Raises UserError without the table `choices`, or for fewer than one token.
     """
     if sizes is not None and min(sizes, default=1) < 1:
         raise UserError(f"There are no windows of {min(sizes)} tokens; give 1 or more.")
-    kinds = layer_kinds(trace.anatomy).set_index("layer")
+    table = choices(trace)
+    counts, given = layer_kinds(trace.anatomy).set_index("layer")["experts"], experts_a_token(trace)
     rows = []
-    for layer, of_layer in choices(trace).groupby("layer"):
-        count, top_k = kinds.loc[layer, "experts"], kinds.loc[layer, "top_k"]
+    for layer, of_layer in table.groupby("layer"):
+        count, top_k = counts[layer], given[layer]
         sums = [_running_sums(of_row["experts"].tolist(), count) for _, of_row in of_layer.groupby("row")]
         longest = max(map(len, sums)) - 1
         for size in sizes or [2**power for power in range(int(longest).bit_length())]:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from workbench.cost.choices import neighbours
+from workbench.cost.choices import experts_a_token, neighbours
 from workbench.cost.routing import expected_unique, layer_kinds
 from workbench.cost.routing import unique_experts as of_steps
 from workbench.errors import UserError
@@ -38,12 +38,11 @@ def unique_experts(trace: Trace, layer: int | None = None) -> go.Figure:
         raise UserError(f"No expert of layer {layer} was called; there are layers {', '.join(map(str, layers))}.")
     shown = layers if layer is None else [layer]
     steps = steps[steps["layer"].isin(shown)]
-    kinds = layer_kinds(trace.anatomy).set_index("layer").loc[shown]
-    most = float(kinds["experts"].mean())
+    counts, given = layer_kinds(trace.anatomy).set_index("layer")["experts"][shown], experts_a_token(trace).reindex(shown)
     beside = _of_layers(neighbours(trace), shown) if trace.arrow("choices").num_rows else pd.DataFrame()
     longest = max(2, int(steps["tokens"].max()), *(beside["tokens"] if len(beside) else ()))
     tokens = np.unique(np.geomspace(1, longest, _POINTS).round())
-    independent = np.mean([expected_unique(tokens, each.experts, each.top_k) for each in kinds.itertuples()], axis=0)
+    independent = np.mean([expected_unique(tokens, counts[each], given[each]) for each in shown], axis=0)
     figure = go.Figure()
     figure.add_scatter(
         x=tokens,
@@ -74,7 +73,8 @@ def unique_experts(trace: Trace, layer: int | None = None) -> go.Figure:
             hovertemplate=f"{phase}, %{{customdata:,}} steps of %{{x:,}} tokens: %{{y:.2f}} experts<extra></extra>",
         )
     where = f"layer {layer}" if layer is not None else "mean over layers"
-    title = f"Experts hit by tokens in flight: {plain(trace.setup)}<br><sub>{where}, of {most:g} experts each</sub>"
+    about = f"{where}: {counts.mean():.3g} experts, {given.mean():.3g} a token"
+    title = f"Experts hit by tokens in flight: {plain(trace.setup)}<br><sub>{about}</sub>"
     style(figure, title, "tokens in flight", "experts hit", height=400)
     doubled = [2**power for power in range(0, longest.bit_length(), 1 + longest.bit_length() // 12)]
     figure.update_xaxes(type="log", tickvals=doubled, ticktext=[f"{each:,}" for each in doubled])
