@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +21,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from workbench.errors import UserError
-from workbench.models.anatomy import expert_modules, router_modules
+from workbench.models.anatomy import expert_modules, router_modules, unseen_experts
 
 MODES = ("load", "choices", "logits")
 """What is recorded of routing: tokens by expert alone, every token's choices too, or the router's logits as well."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What one call of a layer's experts was told."""
+class Choice(NamedTuple):
+    """What one call of a layer's experts was told. A tuple, since one is made for every layer of every step."""
 
     layer: int
     num_experts: int
@@ -75,8 +74,11 @@ class RoutingProbe:
         self._routers = router_modules(model) if mode == "logits" else {}
         self._handles: list[RemovableHandle] = []
         self._here = _Seen()
-        self.missed = 0
+        self._unseen = unseen_experts(model)
+        self._missed = 0
         """Calls of experts whose choice was not among their arguments."""
+        self._unscored: set[int] = set()
+        """Layers whose router was not called before its experts, or was not found."""
 
     def attach(self) -> None:
         """Starts to observe."""
@@ -97,34 +99,55 @@ class RoutingProbe:
         seen, self._here.choices = self._here.choices, []
         return seen
 
+    def notes(self) -> list[str]:
+        """Sentences on what could not be seen."""
+        notes = [
+            f"{name} of layers {', '.join(map(str, layers))} is not told which of its experts are chosen, or is a second set "
+            "of them; its routing is not in this trace."
+            for name, layers in self._unseen.items()
+        ]
+        if self._missed:
+            notes.append(f"{self._missed} calls of experts did not show which were chosen; they are not in this trace.")
+        if self._unscored:
+            layers = ", ".join(map(str, sorted(self._unscored)))
+            notes.append(
+                f"The logits of the routers of layers {layers} could not be seen; they are null in the table of choices."
+            )
+        return notes
+
     def _observer(self, layer: int) -> Callable[[nn.Module, tuple, dict], None]:
-        num_experts = self._modules[layer].down_proj.shape[0]
+        num_experts, here, positions_of = self._modules[layer].down_proj.shape[0], self._here, self._positions
+        scored = self.mode == "logits"
 
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
             choice = chosen_experts(args, kwargs)
             if choice is None:
-                self.missed += 1
-            else:
-                logits = self._here.logits.pop(layer, None)
-                experts, weights = choice
-                positions = self._positions(experts[..., 0].numel()) if self._positions is not None else None
-                self._here.choices.append(Choice(layer, num_experts, experts, weights, logits, positions))
+                self._missed += 1
+                return
+            logits = here.logits.pop(layer, None) if scored else None
+            if scored and logits is None:
+                self._unscored.add(layer)
+            positions = None if positions_of is None else positions_of(prod(choice[0].shape[:-1]))
+            here.choices.append(Choice(layer, num_experts, *choice, logits, positions))
 
         return observe
 
     def _router_observer(self, layer: int) -> Callable[[nn.Module, tuple, dict], None]:
+        here = self._here
+
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = args[0] if args else next(iter(kwargs.values()))
-            bias = getattr(module, "bias", None)
-            with torch.no_grad():
-                flat = hidden.reshape(-1, hidden.shape[-1]).float()
-                self._here.logits[layer] = F.linear(flat, module.weight.float(), None if bias is None else bias.float())
+            hidden = (args[0] if args else next(iter(kwargs.values()))).detach().float()
+            weight, bias = module.weight.detach().float(), getattr(module, "bias", None)
+            logits = F.linear(hidden, weight, None if bias is None else bias.detach().float())
+            here.logits[layer] = logits.reshape(-1, len(weight))
 
         return observe
 
 
 def chosen_experts(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The chosen experts and their weights `[tokens, k]`, among the arguments of an experts module; None if not there."""
+    if len(args) == 3 and args[1].shape == args[2].shape and not args[1].is_floating_point():  # what nearly all are given
+        return args[1], args[2].detach()
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     index = next((tensor for tensor in tensors if not tensor.is_floating_point()), None)
     if index is None or len(tensors) < 2:
