@@ -37,7 +37,7 @@ class Choice(NamedTuple):
     weights: torch.Tensor
     """`[tokens, k]`."""
     logits: torch.Tensor | None = None
-    """`[tokens, E]` float32."""
+    """`[..., E]` float32, as many as there are tokens."""
     positions: torch.Tensor | None = None
     """`[B, Q]` positions of the tokens, -1 for padding, where whoever runs the model knows them."""
 
@@ -133,13 +133,11 @@ class RoutingProbe:
         return observe
 
     def _router_observer(self, layer: int) -> Callable[[nn.Module, tuple, dict], None]:
-        here = self._here
+        here, biased = self._here, getattr(self._routers[layer], "bias", None) is not None
 
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = (args[0] if args else next(iter(kwargs.values()))).detach().float()
-            weight, bias = module.weight.detach().float(), getattr(module, "bias", None)
-            logits = F.linear(hidden, weight, None if bias is None else bias.detach().float())
-            here.logits[layer] = logits.reshape(-1, len(weight))
+            hidden = (args[0] if args else next(iter(kwargs.values()))).float()
+            here.logits[layer] = F.linear(hidden, module.weight.float(), module.bias.float() if biased else None).detach()
 
         return observe
 
@@ -189,7 +187,7 @@ def choice_rows(step: int, choices: list[Choice], starts: list[int]) -> Iterator
             positions = choice.positions.flatten().tolist()
         rows = np.repeat(np.arange(len(starts)), tokens // len(starts)).tolist()
         experts = choice.experts.reshape(tokens, -1).where(choice.experts.reshape(tokens, -1) < choice.num_experts, -1)
-        logits = [None] * tokens if choice.logits is None else choice.logits.tolist()
+        logits = [None] * tokens if choice.logits is None else choice.logits.flatten(0, -2).tolist()
         columns = (rows, positions, experts.tolist(), choice.weights.reshape(tokens, -1).float().tolist(), logits)
         for row, position, *token in zip(*columns, strict=True):
             if position >= 0:
