@@ -26,7 +26,7 @@ LAYERS = {
     "models": {"errors", "folders", "trace", "texts"},
     "probes": {"errors", "trace", "cost", "models", "kernels"},
     "engine": {"errors", "folders", "trace", "models", "probes", "kernels"},
-    "methods": {"errors", "registry", "trace", "engine", "kernels"},
+    "methods": {"errors", "registry", "trace", "cost", "models", "engine", "kernels"},
     "workloads": {"errors", "registry", "texts", "models", "engine"},
     "experiments": {"errors", "trace", "cost", "models", "probes", "engine", "methods", "workloads", "kernels"},
     "live": {"errors", "trace", "cost", "models", "engine", "experiments"},

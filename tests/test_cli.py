@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import workbench as wb
-from workbench import cli
+from workbench import cli, terminal
 from workbench.cost.hardware import HARDWARE
 from workbench.experiments import calibrate, machine
 from workbench.methods import parse_method
@@ -23,7 +23,8 @@ def run(monkeypatch, capsys, tmp_path):
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["workbench", *arguments])
-        cli._out.width = cli._err.width = 200
+        for console in (cli._out, cli._err, terminal._out):
+            console.width = 200
         with pytest.raises(SystemExit) as stop:
             cli.main()
         out = capsys.readouterr()

@@ -45,12 +45,14 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("measured", "TTFT", "ttft_s"),
     ("measured", "TPOT", "tpot_s"),
     ("measured", "KV held", "kv_physical_bytes"),
+    ("measured", "FFN held", "ffn_resident_bytes"),
     ("measured", "peak memory", "peak_memory_bytes"),
     ("measured", "energy", "joules"),
     ("modelled", "KV by budget", "kv_nominal_bytes"),
     ("modelled", "prefill FLOPs", "prefill_flops"),
     ("modelled", "decode FLOPs", "decode_flops"),
     ("modelled", "decode bytes", "decode_bytes"),
+    ("modelled", "FFN read", "ffn_read_bytes"),
 )
 """Group, heading and attribute of each column. Measured and modelled numbers never share one."""
 

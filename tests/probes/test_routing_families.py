@@ -194,3 +194,13 @@ def test_logits_that_cannot_be_seen_are_said_to_be_missing():
     assert [
         note for note in prof.trace.notes if note.startswith("The logits of the routers of layers 0, 1, 2 could not be seen")
     ]
+
+
+def test_seeing_the_logits_is_no_part_of_the_model_s_work():
+    model, flops = random_model("mixtral"), {}
+    for mode in ("load", "logits"):
+        with wb.profile(model, routing=mode) as prof, torch.no_grad():
+            model.generate(ids(5), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert prof.trace.table("unattributed").empty
+        flops[mode] = prof.trace.flops()
+    assert flops["load"] == flops["logits"]

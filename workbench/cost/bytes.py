@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from workbench.cost.flops import alike, attention_counts, grouped, with_steps
+from workbench.cost.flops import alike, attention_counts, by_slot, grouped, with_steps
 from workbench.errors import UserError
 from workbench.trace.anatomy import Anatomy, Attention, Layer, Linear
 from workbench.trace.traffic import expert_terms, regime, terms
@@ -78,12 +78,14 @@ def bytes_rows(trace: Trace, model: str = "fused", on_chip_bytes: int = ON_CHIP_
         raise UserError(f"A kernel cannot use {on_chip_bytes} on-chip bytes; give 1 or more.")
     steps = trace.table("steps")
     parts = _eager_rows(trace, steps) if model == "eager" else _fused_rows(trace, steps, on_chip_bytes)
-    cache = trace.table("cache")
+    if model == "eager" and trace.table("work")["bytes"].notna().any():
+        raise UserError("The eager bytes of what a routing method computes are not known; use model='fused'.")
+    cache, by_cache = trace.table("cache"), []
     scoring = cache["op"] == "score"
     for component, chosen in (("method", cache[scoring]), ("cache", cache[~scoring])):
         moved = chosen[chosen["extra_bytes"] > 0]
-        parts.append(_rows(moved, moved["layer"], component, moved["extra_bytes"]))
-    return with_steps(pd.concat(parts, ignore_index=True), steps)
+        by_cache.append(_rows(moved, moved["layer"], component, moved["extra_bytes"]))
+    return with_steps(by_slot(parts, by_cache, trace, "bytes"), steps)
 
 
 def trace_bytes(

@@ -36,7 +36,8 @@ COMPONENTS = (
     "method",
     "unattributed",
 )
-GROUPS = ("phase", "component", "step", "layer", "setup")
+GROUPS = ("phase", "component", "step", "layer", "setup", "slot")
+"""What sums may be taken by. The slot is that of the method whose work it is: `cache`, `routing`, or `model` for none."""
 
 
 def linear_flops(tokens: int, linear: Linear) -> int:
@@ -76,9 +77,8 @@ def flops_rows(trace: Trace, convention: str = "full") -> pd.DataFrame:
     parts.append(_rows(unattributed, -1, "unattributed", unattributed["flops"]))
     cache = trace.table("cache")
     scored = cache[cache["extra_flops"] > 0]
-    parts.append(_rows(scored, scored["layer"], "method", scored["extra_flops"]))
-    rows = pd.concat(parts, ignore_index=True)
-    return with_steps(rows, steps)
+    by_cache = [_rows(scored, scored["layer"], "method", scored["extra_flops"])]
+    return with_steps(by_slot(parts, by_cache, trace, "flops"), steps)
 
 
 def trace_flops(trace: Trace, by: str | Sequence[str] | None, convention: str) -> int | pd.DataFrame:
@@ -111,6 +111,23 @@ def attention_counts(trace: Trace) -> pd.DataFrame:
     """The table of attention without its texts, which take most of the time to cut a long trace into layers."""
     table = trace.arrow("attention")
     return table.drop_columns(["kernel", "mask"]).to_pandas()
+
+
+def by_slot(model: list[pd.DataFrame], cache: list[pd.DataFrame], trace: Trace, column: str) -> pd.DataFrame:
+    """Rows of the model's own work, of a cache method's and of a routing method's as one, which is whose in `slot`.
+
+    Rows of the model that a routing method's work stands in for are left out.
+    """
+    work = trace.table("work")
+    work = work[work[column].notna()].astype({column: "int64"})
+    own = pd.concat(model, ignore_index=True)
+    if len(work):
+        keys = ["step", "layer", "component"]
+        own = own[~pd.MultiIndex.from_frame(own[keys]).isin(pd.MultiIndex.from_frame(work[keys]))]
+    parts = {"model": own, "cache": pd.concat(cache), "routing": work[["step", "layer", "component", column]]}
+    codes = np.repeat(np.arange(len(parts), dtype=np.int8), [len(part) for part in parts.values()])
+    rows = pd.concat([part for part in parts.values() if len(part)] or [own], ignore_index=True)
+    return rows.assign(slot=pd.Categorical.from_codes(codes, categories=list(parts)))
 
 
 def with_steps(rows: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:

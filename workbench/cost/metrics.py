@@ -95,7 +95,7 @@ def mass_by_position(row: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Fired:
-    """What a cache method did: the layers and steps where it acted, of those where it had to."""
+    """What a method did: the layers and steps where it acted, of those where it had to."""
 
     layers: int
     due_layers: int
@@ -139,3 +139,10 @@ def fired(trace: Trace, must_evict: list[int]) -> Fired:
 def _places(rows: pd.DataFrame) -> set[tuple[int, int]]:
     """The steps and layers of some rows."""
     return set(zip(rows["step"].tolist(), rows["layer"].tolist(), strict=True))
+
+
+def rerouted(trace: Trace) -> Fired:
+    """Counts the layers and steps where a routing method computed something else than the model would have, of those it saw."""
+    work = trace.table("work")
+    changed = work[work["changed"] > 0]
+    return Fired(changed["layer"].nunique(), work["layer"].nunique(), changed["step"].nunique(), work["step"].nunique())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from workbench.probes.moe import Choice
 from workbench.trace.anatomy import Attention
 from workbench.trace.pairs import causal_pairs
 from workbench.trace.store import TraceWriter
@@ -16,6 +17,8 @@ from workbench.trace.store import TraceWriter
 if TYPE_CHECKING:
     from workbench.engine.cache import EngineLayer
     from workbench.engine.joint import Report
+
+Number = int | torch.Tensor
 
 _MANY_ROWS = 256
 """From here on rows are written as columns, which a prompt's evictions need and a decode step's do not."""
@@ -50,6 +53,18 @@ class Thinned:
     """`[B, Q]` positions of the call's other tokens; -1 elsewhere."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a routing method computed in one layer. Numbers may still be on the device."""
+
+    layer: int
+    component: str
+    changed: Number
+    flops: Number | None
+    bytes: Number | None
+    weight_bytes: Number | None
+
+
 @dataclass
 class Call:
     """One forward call, shared by all layers of a cache. The session updates it before each call."""
@@ -81,6 +96,12 @@ class Call:
     importance: str = "off"
     masses: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
     """Layer, attention mass by position `[B, Hq, seen]` and observed queries, until the session writes them."""
+    choices: dict[int, Choice] = field(default_factory=dict)
+    """What a routing method gave the tokens of a layer in this call, in place of what the model chose."""
+    works: list[Work] = field(default_factory=list)
+    """What it computed in this call."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What it has to remember from call to call; a branch goes on with a copy, so values are replaced, never changed."""
 
     @property
     def since_prompt(self) -> int:
@@ -102,6 +123,32 @@ class Call:
         filling = torch.arange(length, device=passing.device) < (length - counts)[:, None]
         self.positions = before.gather(1, last).masked_fill(filling, -1)
         self.has_padding = min(self.thinned.counts) < length
+
+    def routed(self, layer: int, num_choices: int, experts: torch.Tensor, weights: torch.Tensor) -> None:
+        """What a routing method gave each token of a layer: `[T, k]` of so many choices (that number: none), and weights."""
+        self.choices[layer] = Choice(layer, num_choices, experts, weights, None, self.positions_of(len(experts)))
+
+    def work(
+        self,
+        layer: int,
+        component: str,
+        *,
+        changed: Number,
+        flops: Number | None = None,
+        bytes: Number | None = None,
+        weight_bytes: Number | None = None,
+    ) -> None:
+        """Says what a routing method did in a layer of this call.
+
+        Args:
+            layer: which.
+            component: whose work it replaces, or `method` for what it adds.
+            changed: tokens for which something else was computed than the model would have.
+            flops: of the component, in place of those that follow from shapes; None leaves these.
+            bytes: the same of what a fused kernel moves.
+            weight_bytes: the part of these that are weights read.
+        """
+        self.works.append(Work(layer, component, changed, flops, bytes, weight_bytes))
 
     def positions_of(self, num_tokens: int) -> torch.Tensor:
         """Where so many tokens stand, over rows: what follows attention in a layer that thins still sees them all."""

@@ -19,9 +19,10 @@ import torch
 
 from workbench.engine.attention import engine_attention
 from workbench.engine.cache import allocate, engine_cache, swap_policy
-from workbench.engine.call import Call
+from workbench.engine.call import Call, Work
 from workbench.engine.check import check_engine
 from workbench.engine.rehearsal import plan, rehearse
+from workbench.engine.replacing import replacement, rerouted, work_rows
 from workbench.engine.setup import Method, Setup
 from workbench.engine.thinning import check_thinning, thinners
 from workbench.engine.together import decide_together
@@ -103,9 +104,11 @@ class Session:
         self._call = Call(TraceWriter(meta, Path(out) if out is not None else None), step=-1, importance=importance)
         check_thinning(lm.model, lm.anatomy, self.setup.cache)
         self._cache = engine_cache(lm.model, lm.anatomy, self.setup.cache, self._call)
+        self._replacement = replacement(lm, self.setup.routing, self._call)
         self._routing = self._routing_probe(routing)
         self._spans = SpanProbe(lm.model) if spans else None
         self._choices: list[tuple[int, list[Choice]]] = []
+        self._works: list[tuple[int, list[Work]]] = []
         self._configs = attention_configs(lm.model)
         self._device, self._pad = lm.device, lm.pad_token
         self._tokens: list[list[int]] = []
@@ -234,8 +237,9 @@ class Session:
         writer = self._call.writer
         change = {"step": self._call.step + 1, "from": self.setup.label, "to": new.label}
         check_thinning(self.lm.model, self.lm.anatomy, new.cache)
+        replaced = replacement(self.lm, new.routing, self._call)
         swap_policy(self.lm.model, self._cache, new.cache)
-        self.setup = new
+        self.setup, self._replacement = new, replaced
         self._set_capacity()
         writer.update_meta(swaps=[*writer.meta["swaps"], change])
 
@@ -250,8 +254,10 @@ class Session:
         other._call = copy.copy(self._call)
         other._call.writer = TraceWriter(meta)
         other._call.seen = list(self._call.seen)
+        other._call.choices, other._call.works, other._call.memory = {}, [], dict(self._call.memory)
+        other._replacement = replacement(self.lm, self.setup.routing, other._call)
         other._cache = type(self._cache)(layers=[layer.clone(other._call) for layer in self._cache.layers])
-        other._routing, other._choices = other._routing_probe(self._routing.mode), []
+        other._routing, other._choices, other._works = other._routing_probe(self._routing.mode), [], []
         other._spans = SpanProbe(self.lm.model) if self._spans else None
         other._regimes = set()
         other._importance = ImportanceLog(other._call.writer)
@@ -314,7 +320,7 @@ class Session:
         call, device = self._call, self._device
         call.step += 1
         call.phase, call.positions, call.seen, call.has_padding = phase, positions, seen, has_padding
-        call.thinned, call.kept, call.read = None, {}, {}
+        call.thinned, call.kept, call.read, call.choices, call.works = None, {}, {}, {}, []
         try:
             with self._attached():
                 if self._spans:
@@ -350,6 +356,7 @@ class Session:
         self._devices.start()
         with engine_attention(self._configs):
             probes = [
+                self._replacement,
                 self._routing,
                 *([self._spans] if self._spans else []),
                 *thinners(self.lm.model, self.setup.cache, self._call),
@@ -375,7 +382,8 @@ class Session:
         timing = (started, duration, None)
         add("steps", call.step, call.phase, batch, tokens, context, logits, False, *timing, self.setup.label)
         self._regimes.add(regime(call.phase, batch, tokens, False))
-        self._choices.append((call.step, self._routing.take()))
+        self._choices.append((call.step, rerouted(self._routing.take(), call.choices)))
+        self._works.append((call.step, call.works))
         for layer, mass, window in call.masses:
             self._importance.add(call.step, layer, 0, mass, window, call.phase == "decode")
         call.masses.clear()
@@ -391,7 +399,9 @@ class Session:
     def _resolve(self) -> None:
         """Turns what waits on the device into rows, and fetches the samples of the devices."""
         choices, self._choices = self._choices, []
+        works, self._works = self._works, []
         self._call.writer.extend("routing", routing_rows(choices))
+        self._call.writer.extend("work", work_rows(works))
         if self._routing.mode != "load":
             for step, seen in choices:
                 self._call.writer.extend("choices", choice_rows(step, seen, [0] * len(self._tokens)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from workbench.engine.calibration import ready
 from workbench.engine.policy import CachePolicy
+from workbench.engine.replacing import RoutingPolicy
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class Setup:
     def cache(self) -> CachePolicy | None:
         """The method in the cache slot."""
         return self.methods.get("cache")
+
+    @property
+    def routing(self) -> RoutingPolicy | None:
+        """The method in the routing slot."""
+        return self.methods.get("routing")
 
     @cached_property
     def label(self) -> str:

@@ -78,7 +78,7 @@ def _found(
     texts = recall_documents(lm, TEXTS) if documents is None else tuple(documents)
     if not texts:
         raise UserError("There is no text to calibrate with; give at least one document, or leave documents out.")
-    layers = tuple(_acting(lm))
+    layers = tuple(_acting(lm)) if method.slot == "cache" else ()
     with torch.no_grad():
         tables = method.calibrate(_Samples(lm, method, texts, on_progress))
     about = {

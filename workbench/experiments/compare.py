@@ -11,14 +11,15 @@ from statistics import mean, median
 import pandas as pd
 import torch
 
-from workbench.cost.metrics import BEFORE_FIRST_TOKEN, Fired, cache_bytes, fired, ttft_ns
+from workbench.cost.ffn import read_bytes, resident_bytes
+from workbench.cost.metrics import BEFORE_FIRST_TOKEN, Fired, cache_bytes, fired, rerouted, ttft_ns
 from workbench.engine.cache import acting_layers
 from workbench.engine.session import Session
 from workbench.engine.setup import Method, Setup
 from workbench.errors import MethodDidNotFire
 from workbench.experiments.cells import Cell, Cells, cell_key
 from workbench.experiments.fidelity import kl_to_dense, negative_log_likelihood, top1_agreement
-from workbench.methods.base import parse_method
+from workbench.methods.base import parse_setup
 from workbench.models.load import LM
 from workbench.probes.energy import energy
 from workbench.probes.environment import environment
@@ -81,7 +82,7 @@ def compare(
     Args:
         lm: the model.
         workload: what to run.
-        setups: setups, methods, or methods in text form such as `h2o:budget=0.2`.
+        setups: setups, methods, or their text form such as `h2o:budget=0.2` or `h2o:budget=0.2 + top-k:k=1`.
         out: folder to keep finished results in.
         fresh: runs everything again, replacing what is kept.
         on_progress: called after each episode.
@@ -90,7 +91,7 @@ def compare(
         UserError: for setups that do not go together, a workload that does not fit, or a folder that cannot be written.
         MethodDidNotFire: if a method had something to do and did not do it.
     """
-    chosen = [setup.ready(lm) for setup in _distinct([_setup(given) for given in setups])]
+    chosen = [setup.ready(lm) for setup in distinct([parsed(given) for given in setups])]
     episodes = workload.episodes(lm)
     settings = {option.name: getattr(workload, option.name) for option in dataclasses.fields(workload)}
     cells = Cells(Path(out), cell_key(lm, workload.name, settings, episodes), fresh) if out is not None else None
@@ -143,7 +144,7 @@ def _cell(
         samples.append(_run(lm, workload, setup, episode, dense))
         if on_progress is not None:
             on_progress(setup.label, len(samples), len(episodes))
-    return Cell(_row(setup, episodes, samples), samples[0].trace, _forced(references))
+    return Cell(_row(lm, setup, episodes, samples), samples[0].trace, _forced(references))
 
 
 def _dense_logits(lm: LM, episode: Episode, tokens: Forced) -> list[torch.Tensor]:
@@ -153,11 +154,12 @@ def _dense_logits(lm: LM, episode: Episode, tokens: Forced) -> list[torch.Tensor
     return [_lead(session, turn.prompt, led) for turn, led in zip(episode.turns, tokens, strict=True)]
 
 
-def _setup(given: Given) -> Setup:
-    return Setup(parse_method(given)) if isinstance(given, str) else Setup.of(given)
+def parsed(given: Given) -> Setup:
+    """A setup from whatever names one, its text form included."""
+    return parse_setup(given) if isinstance(given, str) else Setup.of(given)
 
 
-def _distinct(setups: list[Setup]) -> list[Setup]:
+def distinct(setups: list[Setup]) -> list[Setup]:
     """Dense first, then every other setup once."""
     by_label = {setup.label: setup for setup in setups}
     by_label.pop("dense", None)
@@ -239,7 +241,7 @@ def _check_fired(lm: LM, setup: Setup, trace: Trace, prompt_tokens: int) -> Fire
     return done
 
 
-def _row(setup: Setup, episodes: list[Episode], samples: list[_Sample]) -> Row:
+def _row(lm: LM, setup: Setup, episodes: list[Episode], samples: list[_Sample]) -> Row:
     decode = [sample.trace.table("steps").query("phase == 'decode'")["duration_ns"] for sample in samples]
     flops = [sample.trace.flops(by="phase").set_index("phase")["flops"] for sample in samples]
     moved = [sample.trace.bytes(by="phase").set_index("phase")["bytes"] for sample in samples]
@@ -269,7 +271,22 @@ def _row(setup: Setup, episodes: list[Episode], samples: list[_Sample]) -> Row:
         joules_reason=next((sample.joules_reason for sample in samples if sample.joules_reason), None),
         turn_scores=_turn_scores(samples),
         depth_scores=_depth_scores(episodes, samples),
+        ffn_read_bytes=round(mean(_read_after_prefill(sample.trace) for sample in samples)),
+        ffn_resident_bytes=setup.routing.resident_bytes(lm) if setup.routing else resident_bytes(lm.anatomy),
+        rerouted=_rerouted(samples) if setup.routing else None,
     )
+
+
+def _read_after_prefill(trace: Trace) -> int:
+    """FFN weights read by everything after the prefill."""
+    read = read_bytes(trace)
+    return int(read.loc[~read["phase"].isin(BEFORE_FIRST_TOKEN), "read_bytes"].sum())
+
+
+def _rerouted(samples: list[_Sample]) -> tuple[int, int, int, int]:
+    done = [rerouted(sample.trace) for sample in samples]
+    layers, due = min(each.layers for each in done), max(each.due_layers for each in done)
+    return layers, due, sum(each.steps for each in done), sum(each.due_steps for each in done)
 
 
 def _turn_scores(samples: list[_Sample]) -> tuple[float, ...]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +23,15 @@ from torch.utils.hooks import RemovableHandle
 
 from workbench.errors import UserError
 from workbench.models.anatomy import expert_modules, router_modules, unseen_experts
+from workbench.probes.unobserved import unobserved
 
 MODES = ("load", "choices", "logits")
 """What is recorded of routing: tokens by expert alone, every token's choices too, or the router's logits as well."""
 
 
-class Choice(NamedTuple):
-    """What one call of a layer's experts was told. A tuple, since one is made for every layer of every step."""
+@dataclass(frozen=True)
+class Choice:
+    """What one call of a layer's experts was told."""
 
     layer: int
     num_experts: int
@@ -37,7 +40,7 @@ class Choice(NamedTuple):
     weights: torch.Tensor
     """`[tokens, k]`."""
     logits: torch.Tensor | None = None
-    """`[..., E]` float32, as many as there are tokens."""
+    """`[tokens, E]` float32."""
     positions: torch.Tensor | None = None
     """`[B, Q]` positions of the tokens, -1 for padding, where whoever runs the model knows them."""
 
@@ -133,13 +136,21 @@ class RoutingProbe:
         return observe
 
     def _router_observer(self, layer: int) -> Callable[[nn.Module, tuple, dict], None]:
-        here, biased = self._here, getattr(self._routers[layer], "bias", None) is not None
+        here = self._here
 
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = (args[0] if args else next(iter(kwargs.values()))).float()
-            here.logits[layer] = F.linear(hidden, module.weight.float(), module.bias.float() if biased else None).detach()
+            with unobserved():  # our own product is no part of a layer that is being checked
+                here.logits[layer] = router_logits(module, args, kwargs)
 
         return observe
+
+
+def router_logits(router: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """A router's scores of all experts `[tokens, E]` in float32, from what it is called with: what routers return differs."""
+    hidden = args[0] if args else next(iter(kwargs.values()))
+    weight, bias = router.weight, router._parameters.get("bias")  # to ask a module for what it has not got takes longer
+    scores = F.linear(hidden.detach().float(), weight.detach().float(), None if bias is None else bias.detach().float())
+    return scores.reshape(-1, len(weight))
 
 
 def chosen_experts(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -187,7 +198,7 @@ def choice_rows(step: int, choices: list[Choice], starts: list[int]) -> Iterator
             positions = choice.positions.flatten().tolist()
         rows = np.repeat(np.arange(len(starts)), tokens // len(starts)).tolist()
         experts = choice.experts.reshape(tokens, -1).where(choice.experts.reshape(tokens, -1) < choice.num_experts, -1)
-        logits = [None] * tokens if choice.logits is None else choice.logits.flatten(0, -2).tolist()
+        logits = [None] * tokens if choice.logits is None else choice.logits.tolist()
         columns = (rows, positions, experts.tolist(), choice.weights.reshape(tokens, -1).float().tolist(), logits)
         for row, position, *token in zip(*columns, strict=True):
             if position >= 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,20 +58,30 @@ class Row:
     """Mean score of the 1st, 2nd, ... turn after the one compression."""
     depth_scores: tuple[tuple[int, float], ...]
     """Mean score of the turns whose answer stands at a depth (percent of the context), by depth."""
+    ffn_read_bytes: int | None = None
+    """Weights of FFNs, experts or not, read over the same steps as `decode_bytes`, of which they are a part; modelled."""
+    ffn_resident_bytes: int | None = None
+    """Weights of FFNs that the setup computes with."""
+    rerouted: tuple[int, int, int, int] | None = None
+    """Layers where a routing method changed what is computed, of how many it saw, and steps; None without one."""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Row:
         """A row from what `asdict` and JSON made of it. Raises KeyError or TypeError for something else."""
-        values = {column.name: data[column.name] for column in fields(cls)}
+        values = {column.name: data[column.name] for column in fields(cls) if column.name in data or column.default is MISSING}
+        if values.get("rerouted") is not None:
+            values["rerouted"] = tuple(values["rerouted"])
         depths = tuple((int(depth), float(score)) for depth, score in values["depth_scores"])
         return cls(**{**values, "turn_scores": tuple(values["turn_scores"]), "depth_scores": depths})
 
     @property
     def fired(self) -> str:
-        """The proof that the method ran, in words."""
-        if self.steps == 0:
-            return "nothing to do"
-        return f"{self.fired_layers}/{self.layers} layers, {self.fired_steps}/{self.steps} steps"
+        """The proof that the methods ran, in words."""
+        said = [f"{self.fired_layers}/{self.layers} layers, {self.fired_steps}/{self.steps} steps"] if self.steps else []
+        if self.rerouted is not None:
+            layers, all_layers, steps, all_steps = self.rerouted
+            said.append(f"routing {layers}/{all_layers} layers, {steps}/{all_steps} steps")
+        return "; ".join(said) or "nothing to do"
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class Comparison(RichDisplay):
     @property
     def table(self) -> pd.DataFrame:
         """One row a setup."""
-        several = ("turn_scores", "depth_scores")
+        several = ("turn_scores", "depth_scores", "rerouted")
         return pd.DataFrame([{**asdict(row), "fired": row.fired} for row in self.rows]).drop(columns=list(several))
 
     @property

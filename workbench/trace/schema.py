@@ -79,6 +79,20 @@ TABLES: dict[str, pa.Schema] = {
             ("logits", pa.list_(pa.float32())),
         ]
     ),
+    # What a routing method computed in one layer. `changed` = tokens for which it was something else than the model would have;
+    # FLOPs and bytes, where given, stand in for those that follow from shapes, or come on top where the component is `method`;
+    # `weight_bytes` = the part of `bytes` that are weights.
+    "work": pa.schema(
+        [
+            ("step", _INT),
+            ("layer", _INT),
+            ("component", _TEXT),
+            ("changed", _INT),
+            ("flops", _INT),
+            ("bytes", _INT),
+            ("weight_bytes", _INT),
+        ]
+    ),
     # Calls of a module the anatomy cannot place, counted by torch's dispatch-mode counter.
     "unattributed": pa.schema([("step", _INT), ("module", _TEXT), ("flops", _INT)]),
     # Attention mass by key position of one query head; `window` = queries whose attention was summed, `step` the last of

@@ -1,0 +1,98 @@
+"""Forwards of some modules replaced for the length of a session's call: how a routing method changes what is computed.
+
+A forward is replaced on the module itself, not on its class, and what stood there before is put back, so that other sessions
+and plain `generate()` never meet it. Hooks keep working: they see what goes into the module and what comes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from workbench.engine.call import Call, Number, Work
+from workbench.probes.moe import Choice
+from workbench.trace.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from workbench.models.load import LM
+
+Forward = Callable[..., Any]
+"""Called as `forward(original, *args, **kwargs)` in a module's place; `original` is the forward it stands for."""
+
+
+class RoutingPolicy(Protocol):
+    """A routing method as the engine uses it."""
+
+    name: str
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raises UserError for a model the method cannot serve, before anything runs."""
+        ...
+
+    def forwards(self, lm: LM, call: Call) -> Mapping[nn.Module, Forward]:
+        """What to run instead of which modules, in one session. What they did they write into `call`: `work`, `routed`.
+
+        What a session has to remember from call to call goes into `call.memory`, which a branch copies.
+        """
+        ...
+
+    def resident_bytes(self, lm: LM) -> int:
+        """Bytes of the weights the method computes with, in place of the model's own expert or FFN weights."""
+        ...
+
+
+class Replacement:
+    """Replaces forwards while attached."""
+
+    def __init__(self, forwards: Mapping[nn.Module, Forward]):
+        self._forwards = forwards
+        self._before: list[tuple[nn.Module, Any]] = []
+
+    def attach(self) -> None:
+        """Puts the forwards in place."""
+        for module, forward in self._forwards.items():
+            self._before.append((module, vars(module).get("forward")))
+            module.forward = partial(forward, module.forward)
+
+    def detach(self) -> None:
+        """Puts back what stood there."""
+        while self._before:
+            module, before = self._before.pop()
+            del module.forward
+            if before is not None:
+                module.forward = before
+
+
+def rerouted(chosen: list[Choice], given: Mapping[int, Choice]) -> list[Choice]:
+    """What tokens were given in each layer: by the method where it said so, by the model elsewhere."""
+    by_layer = {choice.layer: choice for choice in chosen}
+    logits = {layer: choice.logits for layer, choice in by_layer.items()}
+    changed = {layer: dataclasses.replace(choice, logits=logits.get(layer)) for layer, choice in given.items()}
+    return [choice for _, choice in sorted({**by_layer, **changed}.items())]
+
+
+def work_rows(steps: list[tuple[int, list[Work]]]) -> Iterator[tuple]:
+    """Rows of the table of work for several steps, their numbers fetched in one go."""
+    works = [(step, work) for step, done in steps for work in done]
+    given = [number for _, work in works for number in _numbers(work) if isinstance(number, torch.Tensor)]
+    fetched = iter(torch.stack(given).tolist() if given else ())
+    for step, work in works:
+        numbers = (next(fetched) if isinstance(number, torch.Tensor) else number for number in _numbers(work))
+        yield step, work.layer, work.component, *numbers
+
+
+def _numbers(work: Work) -> tuple[Number | None, ...]:
+    return work.changed, work.flops, work.bytes, work.weight_bytes
+
+
+def replacement(lm: LM, policy: RoutingPolicy | None, call: Call) -> Replacement:
+    """What has to be attached for a session's calls under a policy. Raises UserError for a model it cannot serve."""
+    if policy is None:
+        return Replacement({})
+    policy.check(lm.anatomy)
+    return Replacement(policy.forwards(lm, call))

@@ -1,0 +1,85 @@
+"""What routing methods share.
+
+A method of experts says in `route` what it gives each token, and in `banks` what stands in the experts' place; a method of
+dense FFNs defines `forwards` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from workbench.cost.ffn import resident_bytes
+from workbench.engine.call import Call
+from workbench.engine.experts import Bank, Routed, RouteState, expert_forwards
+from workbench.engine.replacing import Forward
+from workbench.errors import UserError
+from workbench.methods.base import Method
+from workbench.trace.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from workbench.models.load import LM
+
+
+@dataclass(frozen=True)
+class RoutingMethod(Method):
+    """A method of the routing slot."""
+
+    slot: ClassVar[str] = "routing"
+    sweep: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    """Knobs that save more and more: what a figure of every method shows."""
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raises UserError for a model the method cannot serve."""
+
+    def forwards(self, lm: LM, call: Call) -> Mapping[nn.Module, Forward]:
+        """What to run instead of which modules: see `RoutingPolicy`."""
+        raise TypeError(f"{type(self).__name__} must say what it replaces: define forwards(lm, call).")
+
+    def resident_bytes(self, lm: LM) -> int:
+        """Bytes of the weights the method computes with, in place of the model's own expert or FFN weights."""
+        raise TypeError(f"{type(self).__name__} must say what weights it holds: define resident_bytes(lm).")
+
+
+@dataclass(frozen=True)
+class ExpertMethod(RoutingMethod):
+    """A method of mixtures of experts."""
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raises UserError for a model without experts."""
+        if all(layer.experts is None for layer in anatomy.layers):
+            raise UserError(
+                f"{self.name!r} routes tokens to experts, and {anatomy.class_name} has none that can be told from its modules; "
+                "choose a mixture-of-experts model such as tiny-moe, or another method."
+            )
+
+    def route(self, state: RouteState) -> Routed | None:
+        """What each token of a layer is given; None leaves what the model chose."""
+        return None
+
+    def banks(self, lm: LM) -> Mapping[int, Bank]:
+        """What stands in the place of the experts of which layers."""
+        return {}
+
+    def forwards(self, lm: LM, call: Call) -> Mapping[nn.Module, Forward]:
+        """Forwards of routers and experts."""
+        return expert_forwards(lm, call, self.route, self.banks(lm))
+
+    def resident_bytes(self, lm: LM) -> int:
+        """Bytes of all experts and of FFNs beside them: here the model's own."""
+        return resident_bytes(lm.anatomy)
+
+
+def within(state: RouteState, allowed: torch.Tensor, count: int) -> Routed:
+    """Every token's best `count` experts among those allowed (`[E]` or `[T, E]` bool), as the model's gate ranks and weighs.
+
+    Where fewer are allowed, the slots left over are empty.
+    """
+    ranking = state.gate.ranking(state.logits).masked_fill(~allowed, -torch.inf)
+    best = ranking.topk(count, dim=-1)
+    experts = best.indices.masked_fill(best.values == -torch.inf, state.num_experts)
+    return Routed(experts, state.gate.weights(state.logits, experts).to(state.weights.dtype))
