@@ -175,7 +175,7 @@ def test_experts_that_are_not_told_which_are_chosen_are_named(family, holder):
         model(ids(5))
     sentence = f"{holder} of layers 0, 1, 2 is not told which of its experts are chosen"
     assert [note for note in prof.trace.notes if note.startswith(sentence)]
-    with pytest.raises(wb.UserError, match="could not be seen"):
+    with pytest.raises(wb.UserError, match="none could be seen"):
         routing.load(prof.trace)
 
 

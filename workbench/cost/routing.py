@@ -113,7 +113,7 @@ def _balance(tokens: np.ndarray) -> dict[str, float]:
 def unique_experts(trace: Trace) -> pd.DataFrame:
     """One row a step and layer: tokens in flight, experts hit, those expected of independent uniform choices, and bytes read.
 
-    `read_bytes` are the weights of the experts hit, each once. `dropped` counts the choices a token is due (its top-k) that
+    `given` counts the tokens of all experts, one that has two of them twice. `read_bytes` are the weights of the experts hit, each once. `dropped` counts the choices a token is due (its top-k) that
     went to no expert: a router or a method left them out, or gave them to what computes nothing.
     """
     routing = _routing(trace)
@@ -125,9 +125,9 @@ def unique_experts(trace: Trace) -> pd.DataFrame:
     kinds = layer_kinds(trace.anatomy).set_index("layer")
     experts, top_k = (table["layer"].map(kinds[name]) for name in ("experts", "top_k"))
     table["expected"] = expected_unique(table["tokens"], experts, top_k)
-    table["dropped"] = table["tokens"] * top_k - table["given"]
+    table["dropped"] = (table["tokens"] * top_k - table["given"]).clip(lower=0)  # a method may give a token more than its own
     table["read_bytes"] = table["unique"] * table["layer"].map(kinds["expert_bytes"])
-    return table[["step", "phase", "layer", "tokens", "unique", "expected", "dropped", "read_bytes"]]
+    return table[["step", "phase", "layer", "tokens", "given", "unique", "expected", "dropped", "read_bytes"]]
 
 
 def _entered(trace: Trace) -> pd.DataFrame:

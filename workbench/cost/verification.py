@@ -146,7 +146,6 @@ def seen_beside_expected(trace: Trace, phase: str | None = None) -> pd.DataFrame
     rows = []
     for (layer, tokens), steps in table.groupby(["layer", "tokens"]):
         num_experts, top_k = sizes[layer].num_experts, sizes[layer].top_k
-        given = tokens * top_k - steps["dropped"]
         predicted = expected_unique(tokens, num_experts, top_k)
         rows.append(
             {
@@ -156,7 +155,7 @@ def seen_beside_expected(trace: Trace, phase: str | None = None) -> pd.DataFrame
                 "measured_unique": steps["unique"].mean(),
                 "predicted_unique": predicted,
                 "ratio": steps["unique"].mean() / predicted,
-                "measured_load": (given / steps["unique"].clip(lower=1)).mean(),
+                "measured_load": (steps["given"] / steps["unique"].clip(lower=1)).mean(),
                 "predicted_load": mean_load(tokens, num_experts, top_k),
             }
         )
