@@ -113,7 +113,8 @@ def _balance(tokens: np.ndarray) -> dict[str, float]:
 def unique_experts(trace: Trace) -> pd.DataFrame:
     """One row a step and layer: tokens in flight, experts hit, those expected of independent uniform choices, and bytes read.
 
-    `given` counts the tokens of all experts, one that has two of them twice. `read_bytes` are the weights of the experts hit, each once. `dropped` counts the choices a token is due (its top-k) that
+    `given` counts the tokens of all experts, one that has two of them twice. `read_bytes` are the weights of the experts hit,
+    each once. `dropped` counts the choices a token is due (its top-k) that
     went to no expert: a router or a method left them out, or gave them to what computes nothing.
     """
     routing = _routing(trace)
