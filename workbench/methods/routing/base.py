@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -38,6 +38,8 @@ class RoutingMethod(Method):
     def identity(cls, anatomy: Anatomy) -> Self | None:
         """The method with knobs under which it leaves a model exactly as it is; None if there are none."""
         return None
+    sweep: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    """Knobs that save more and more: what a figure of every method shows."""
 
     def check(self, anatomy: Anatomy) -> None:
         """Raises UserError for a model the method cannot serve."""
