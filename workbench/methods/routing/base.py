@@ -31,6 +31,8 @@ class RoutingMethod(Method):
     """A method of the routing slot."""
 
     slot: ClassVar[str] = "routing"
+    sweep: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    """Knobs that save more and more: what a figure of every method shows."""
     tokenwise: ClassVar[bool] = True
     """Whether what is done for a token depends on that token alone, and not on those beside it in the call."""
 
@@ -38,8 +40,6 @@ class RoutingMethod(Method):
     def identity(cls, anatomy: Anatomy) -> Self | None:
         """The method with knobs under which it leaves a model exactly as it is; None if there are none."""
         return None
-    sweep: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
-    """Knobs that save more and more: what a figure of every method shows."""
 
     def check(self, anatomy: Anatomy) -> None:
         """Raises UserError for a model the method cannot serve."""
