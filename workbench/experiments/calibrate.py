@@ -17,6 +17,7 @@ from workbench.engine.policy import ROTATION, LayerState
 from workbench.engine.session import Session
 from workbench.errors import UserError
 from workbench.methods.base import METHODS, Method, parse_method
+from workbench.methods.routing.base import RoutingMethod
 from workbench.models.anatomy import output_projections
 from workbench.models.fingerprint import fingerprint
 from workbench.models.load import LM, builtin_names, load
@@ -25,6 +26,7 @@ from workbench.probes.queries import QueryProbe
 from workbench.probes.rotation import rotations
 from workbench.trace.recording import LayerTensors
 from workbench.workloads.base import Episode
+from workbench.workloads.plain_text import other_tokens
 from workbench.workloads.recall_facts import Recall
 
 TEXTS, CONTEXT, SEED = 8, 512, 977
@@ -46,7 +48,7 @@ def calibrate(
         lm: the model.
         method: a method that needs it, or its text form such as `compress-kv`; knobs the calibration depends on count.
         documents: texts to learn from; by default eight documents of 512 tokens (fewer if the model has no room), in which
-            facts are hidden in prose and recalled at the end.
+            facts are hidden in prose and recalled at the end; half of them plain prose for a method that says so.
         on_progress: called with a label, and texts (of a training, steps) done and in all.
 
     Raises:
@@ -55,7 +57,7 @@ def calibrate(
     chosen = parse_method(method) if isinstance(method, str) else method
     model = fingerprint(lm)
     if chosen.calibrated_by is None:
-        needing = ", ".join(map(_title, _to_calibrate()))
+        needing = ", ".join(map(_title, _to_calibrate(lm)))
         raise UserError(f"{chosen.label!r} needs no calibration; those that do are {needing}.")
     if model is None:
         raise UserError(f"Some weights of {lm.name} are not in memory, so a calibration of it could not be found again.")
@@ -69,21 +71,24 @@ def calibrate(
 def ship(name: str) -> list[Path]:
     """Calibrates every method, with its default knobs, for a built-in model, and keeps that beside the model."""
     lm = load(name, device="cpu")
-    return [_found(lm, method, fingerprint(lm), None, None).save(shipped_file(name, method)) for method in _to_calibrate()]
+    methods = _to_calibrate(lm)
+    return [_found(lm, method, fingerprint(lm), None, None).save(shipped_file(name, method)) for method in methods]
 
 
 def _found(
     lm: LM, method: Method, model: str, documents: Sequence[Document] | None, on_progress: Progress | None
 ) -> Calibration:
-    texts = recall_documents(lm, TEXTS) if documents is None else tuple(documents)
+    texts = _documents(lm, method.calibrated_on) if documents is None else tuple(documents)
     if not texts:
         raise UserError("There is no text to calibrate with; give at least one document, or leave documents out.")
+    if isinstance(method, RoutingMethod):
+        method.check(lm.anatomy)
     layers = tuple(_acting(lm)) if method.slot == "cache" else ()
     with torch.no_grad():
         tables = method.calibrate(_Samples(lm, method, texts, on_progress))
     about = {
         "model": lm.name,
-        "texts": "recall" if documents is None else "given",
+        "texts": method.calibrated_on if documents is None else "given",
         "documents": len(texts),
         "tokens": sum(len(text.tokens) for text in texts),
     }
@@ -94,11 +99,22 @@ def _found(
 def calibrations(lm: LM) -> dict[str, Calibration | None]:
     """What can be calibrated, methods with their default knobs in their text form, and what there is of it for a model."""
     model = fingerprint(lm)
-    return {_title(method): find(model, method) if model else None for method in _to_calibrate()}
+    return {_title(method): find(model, method) if model else None for method in _to_calibrate(lm)}
 
 
-def _to_calibrate() -> list[Method]:
-    return [method for cls in METHODS.values() for method in cls.to_calibrate()]
+def _to_calibrate(lm: LM) -> list[Method]:
+    """What can be calibrated for a model: methods it is of the right make for."""
+    return [method for cls in METHODS.values() for method in cls.to_calibrate() if _serves(method, lm)]
+
+
+def _serves(method: Method, lm: LM) -> bool:
+    """Whether a method takes a model of this make; cache methods take any."""
+    try:
+        if isinstance(method, RoutingMethod):
+            method.check(lm.anatomy)
+    except UserError:
+        return False
+    return True
 
 
 def _title(method: Method) -> str:
@@ -106,6 +122,19 @@ def _title(method: Method) -> str:
     usual = type(method)().calibration_knobs()
     knobs = [f"{name}={value}" for name, value in method.calibration_knobs().items() if value != usual[name]]
     return f"{method.name}:{','.join(knobs)}" if knobs else method.name
+
+
+def _documents(lm: LM, kind: str) -> tuple[Document, ...]:
+    if kind == "recall":
+        return recall_documents(lm, TEXTS)
+    return (*recall_documents(lm, TEXTS // 2), *prose_documents(lm, TEXTS // 2))
+
+
+def prose_documents(lm: LM, texts: int, *, context: int = CONTEXT, seed: int = SEED) -> tuple[Document, ...]:
+    """Prose that no workload shows, in which every token counts."""
+    length = min(context, lm.anatomy.max_positions or context)
+    tokens = [other_tokens(lm, length, seed=seed + 7 * number) for number in range(texts)]
+    return tuple(Document(each, length) for each in tokens)
 
 
 def recall_documents(lm: LM, texts: int, *, context: int = CONTEXT, seed: int = SEED) -> tuple[Document, ...]:
