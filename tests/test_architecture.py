@@ -33,7 +33,20 @@ LAYERS = {
     "plots": {"errors", "trace", "cost"},
     "report": {"errors", "trace", "plots"},
     "widgets": {
-        *("errors", "registry", "texts", "trace", "models", "engine", "methods", "experiments", "live", "plots", "report")
+        *(
+            "errors",
+            "registry",
+            "texts",
+            "trace",
+            "cost",
+            "models",
+            "engine",
+            "methods",
+            "experiments",
+            "live",
+            "plots",
+            "report",
+        )
     },
     "magics": {"errors", "models", "probes"},
     "terminal": {"plots"},
@@ -42,7 +55,7 @@ LAYERS = {
     "visiting": set(),
     "lab": {"errors", "ports"},
     "doctor": {"errors", "folders", "models", "probes", "engine"},
-    "testing": {"models", "engine", "methods", "experiments"},
+    "testing": {"models", "engine", "experiments", "methods"},
     "kernels": {"kernels"},
 }
 """What each room may import; every door (cli, apps, the package itself) may import all."""

@@ -30,6 +30,7 @@ from workbench.probes.queries import QueryProbe
 from workbench.probes.rotation import rotations
 from workbench.trace.recording import LayerTensors
 from workbench.workloads.base import Episode
+from workbench.workloads.plain_text import other_tokens
 from workbench.workloads.recall_facts import Recall
 
 TEXTS, CONTEXT, SEED = 8, 512, 977
@@ -51,8 +52,8 @@ def calibrate(
         lm: the model.
         method: a method that needs it, or its text form such as `compress-kv`; knobs the calibration depends on count.
         documents: texts to learn from; by default eight documents of 512 tokens (fewer if the model has no room), in which
-            facts are hidden in prose and recalled at the end, and for a block that is trained some hundreds of these and of
-            plain prose.
+            facts are hidden in prose and recalled at the end; half of them plain prose for a method that says so,
+            and hundreds of both for a block that is trained.
         on_progress: called with a label, and texts (of a training, steps) done and in all.
 
     Raises:
@@ -82,17 +83,18 @@ def ship(name: str) -> list[Path]:
 def _found(
     lm: LM, method: Method, model: str, documents: Sequence[Document] | None, on_progress: Progress | None
 ) -> Calibration:
-    texts = _usual_documents(lm, method) if documents is None else tuple(documents)
+    texts = _documents(lm, method) if documents is None else tuple(documents)
     if not texts:
         raise UserError("There is no text to calibrate with; give at least one document, or leave documents out.")
+    if isinstance(method, RoutingMethod):
+        method.check(lm.anatomy)
     layers = tuple(_acting(lm)) if method.slot == "cache" else ()
     started = time.monotonic()
     with torch.no_grad():
         tables = method.calibrate(_Samples(lm, method, texts, on_progress))
-    usual = "recall and prose" if isinstance(method, TrainedBlock) else "recall"
     about = {
         "model": lm.name,
-        "texts": usual if documents is None else "given",
+        "texts": method.calibrated_on if documents is None else "given",
         "documents": len(texts),
         "tokens": sum(len(text.tokens) for text in texts),
     }
@@ -106,13 +108,6 @@ def _found(
     return dataclasses.replace(found, about={**about, "reached": reached})
 
 
-def _usual_documents(lm: LM, method: Method) -> tuple[Document, ...]:
-    """What a method learns from if nothing was given."""
-    return (
-        blocks.documents(blocks.rows_of(lm), method.steps) if isinstance(method, TrainedBlock) else recall_documents(lm, TEXTS)
-    )
-
-
 def calibrations(lm: LM) -> dict[str, Calibration | None]:
     """What can be calibrated, methods with their default knobs in their text form, and what there is of it for a model."""
     model = fingerprint(lm)
@@ -121,10 +116,10 @@ def calibrations(lm: LM) -> dict[str, Calibration | None]:
 
 def _to_calibrate(lm: LM) -> list[Method]:
     """What can be calibrated for a model: methods it is of the right make for."""
-    return [method for cls in METHODS.values() for method in cls.to_calibrate() if serves(method, lm)]
+    return [method for cls in METHODS.values() for method in cls.to_calibrate() if _serves(method, lm)]
 
 
-def serves(method: Method, lm: LM) -> bool:
+def _serves(method: Method, lm: LM) -> bool:
     """Whether a method takes a model of this make; cache methods take any."""
     try:
         if isinstance(method, RoutingMethod):
@@ -139,6 +134,22 @@ def _title(method: Method) -> str:
     usual = type(method)().calibration_knobs()
     knobs = [f"{name}={value}" for name, value in method.calibration_knobs().items() if value != usual[name]]
     return f"{method.name}:{','.join(knobs)}" if knobs else method.name
+
+
+def _documents(lm: LM, method: Method) -> tuple[Document, ...]:
+    """What a method learns from if nothing was given; for a block that is trained hundreds of them."""
+    if isinstance(method, TrainedBlock):
+        return blocks.documents(blocks.rows_of(lm), method.steps)
+    if method.calibrated_on == "recall":
+        return recall_documents(lm, TEXTS)
+    return (*recall_documents(lm, TEXTS // 2), *prose_documents(lm, TEXTS // 2))
+
+
+def prose_documents(lm: LM, texts: int, *, context: int = CONTEXT, seed: int = SEED) -> tuple[Document, ...]:
+    """Prose that no workload shows, in which every token counts."""
+    length = min(context, lm.anatomy.max_positions or context)
+    tokens = [other_tokens(lm, length, seed=seed + 7 * number) for number in range(texts)]
+    return tuple(Document(each, length) for each in tokens)
 
 
 def recall_documents(lm: LM, texts: int, *, context: int = CONTEXT, seed: int = SEED) -> tuple[Document, ...]:

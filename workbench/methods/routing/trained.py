@@ -30,6 +30,7 @@ class TrainedBlock(RoutingMethod):
     """A block whose weights are the method's calibration. A method says how it is made and where it is put."""
 
     calibrated_by: ClassVar[tuple[str, ...]] = ("steps",)
+    calibrated_on: ClassVar[str] = "recall and prose"
 
     steps: int = knob(300, low=1, high=1_000_000, unit="steps", help="Training steps of some 2,048 tokens.")
 
