@@ -42,7 +42,7 @@ LAYERS = {
     "visiting": set(),
     "lab": {"errors", "ports"},
     "doctor": {"errors", "folders", "models", "probes", "engine"},
-    "testing": {"models", "engine", "experiments"},
+    "testing": {"models", "engine", "methods", "experiments"},
     "kernels": {"kernels"},
 }
 """What each room may import; every door (cli, apps, the package itself) may import all."""

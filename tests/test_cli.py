@@ -229,8 +229,8 @@ def test_calibrate_methods(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     code, out, _ = run("calibrate", "--json")
     known = json.loads(out)["calibrations"]
-    needing = [method for cls in wb.METHODS.values() for method in cls.to_calibrate()]
-    assert code == 0 and list(map(parse_method, known)) == needing and known["compress-kv"]["texts"] == "recall"
+    needing = [method for cls in wb.METHODS.values() for method in cls.to_calibrate() if cls.slot == "cache"]
+    assert code == 0 and set(map(parse_method, known)) >= set(needing) and known["compress-kv"]["texts"] == "recall"
     assert "compress-kv" in run("calibrate", "--model", "tiny-moe")[1] and not (tmp_path / "cache").exists()
     compare = ("compare", "--context", "96", "--samples", "1", "--method", "compress-kv:budget=40,kernel=3", "--json")
     code, _, err = run(*compare)

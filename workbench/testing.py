@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from workbench.engine.calibration import Document, Needle
 from workbench.experiments.calibrate import calibrate, calibrations
+from workbench.methods import parse_method
 from workbench.models.load import LM
 
 SMALL = dict(
@@ -121,12 +122,12 @@ def ids(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def calibrate_all(lm: LM) -> LM:
-    """A model whose every method that needs it is calibrated, on random tokens that repeat a passage; the model itself."""
+    """A model whose every cache method that needs it is calibrated, on random tokens that repeat a passage; the model itself."""
     prompts = [ids(40, seed=seed)[0].tolist() for seed in (1, 2)]
     needle = Needle(5, 9, (39, 40, 41, 42))
     documents = [Document((*prompt, *prompt[5:9]), len(prompt), (needle,)) for prompt in prompts]
     for name, found in calibrations(lm).items():
-        if found is None:
+        if found is None and parse_method(name).slot == "cache":
             calibrate(lm, name, documents=documents)
     return lm
 

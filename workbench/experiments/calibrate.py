@@ -17,6 +17,7 @@ from workbench.engine.policy import ROTATION, LayerState
 from workbench.engine.session import Session
 from workbench.errors import UserError
 from workbench.methods.base import METHODS, Method, parse_method
+from workbench.methods.routing.base import RoutingMethod
 from workbench.models.anatomy import output_projections
 from workbench.models.fingerprint import fingerprint
 from workbench.models.load import LM, builtin_names, load
@@ -55,7 +56,7 @@ def calibrate(
     chosen = parse_method(method) if isinstance(method, str) else method
     model = fingerprint(lm)
     if chosen.calibrated_by is None:
-        needing = ", ".join(map(_title, _to_calibrate()))
+        needing = ", ".join(map(_title, _to_calibrate(lm)))
         raise UserError(f"{chosen.label!r} needs no calibration; those that do are {needing}.")
     if model is None:
         raise UserError(f"Some weights of {lm.name} are not in memory, so a calibration of it could not be found again.")
@@ -69,7 +70,8 @@ def calibrate(
 def ship(name: str) -> list[Path]:
     """Calibrates every method, with its default knobs, for a built-in model, and keeps that beside the model."""
     lm = load(name, device="cpu")
-    return [_found(lm, method, fingerprint(lm), None, None).save(shipped_file(name, method)) for method in _to_calibrate()]
+    methods = _to_calibrate(lm)
+    return [_found(lm, method, fingerprint(lm), None, None).save(shipped_file(name, method)) for method in methods]
 
 
 def _found(
@@ -78,7 +80,7 @@ def _found(
     texts = recall_documents(lm, TEXTS) if documents is None else tuple(documents)
     if not texts:
         raise UserError("There is no text to calibrate with; give at least one document, or leave documents out.")
-    layers = tuple(_acting(lm))
+    layers = tuple(_acting(lm)) if method.slot == "cache" else ()
     with torch.no_grad():
         tables = method.calibrate(_Samples(lm, method, texts, on_progress))
     about = {
@@ -94,11 +96,22 @@ def _found(
 def calibrations(lm: LM) -> dict[str, Calibration | None]:
     """What can be calibrated, methods with their default knobs in their text form, and what there is of it for a model."""
     model = fingerprint(lm)
-    return {_title(method): find(model, method) if model else None for method in _to_calibrate()}
+    return {_title(method): find(model, method) if model else None for method in _to_calibrate(lm)}
 
 
-def _to_calibrate() -> list[Method]:
-    return [method for cls in METHODS.values() for method in cls.to_calibrate()]
+def _to_calibrate(lm: LM) -> list[Method]:
+    """What can be calibrated for a model: methods it is of the right make for."""
+    return [method for cls in METHODS.values() for method in cls.to_calibrate() if _serves(method, lm)]
+
+
+def _serves(method: Method, lm: LM) -> bool:
+    """Whether a method takes a model of this make; cache methods take any."""
+    try:
+        if isinstance(method, RoutingMethod):
+            method.check(lm.anatomy)
+    except UserError:
+        return False
+    return True
 
 
 def _title(method: Method) -> str:

@@ -12,6 +12,7 @@ from workbench.plots.live_curve import live_curve
 from workbench.plots.pareto import pareto
 from workbench.plots.png import png
 from workbench.plots.predicted_time import predicted_time
+from workbench.plots.quality_by_bytes import quality_by_bytes
 from workbench.plots.replay_curves import replay_curves
 from workbench.plots.replay_map import replay_map
 from workbench.plots.replay_steps import replay_steps
@@ -34,6 +35,7 @@ __all__ = [
     "pareto",
     "png",
     "predicted_time",
+    "quality_by_bytes",
     "replay_curves",
     "replay_map",
     "replay_steps",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ class RoutingMethod(Method):
     """A method of the routing slot."""
 
     slot: ClassVar[str] = "routing"
+    sweep: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    """Knobs that save more and more: what a figure of every method shows."""
 
     def check(self, anatomy: Anatomy) -> None:
         """Raises UserError for a model the method cannot serve."""

@@ -28,6 +28,8 @@ class DesSeq(ExpertMethod):
         "A gate that chooses groups of experts first prefers these inside the coreset, and goes to others where they lack.",
     )
 
+    sweep: ClassVar[tuple[dict[str, int], ...]] = ({"k": 1},)
+
     k: int = knob(
         1,
         low=1,

@@ -31,6 +31,8 @@ class DesVote(ExpertMethod):
         "A gate that chooses groups of experts first prefers these inside the coreset, and goes to others where they lack.",
     )
 
+    sweep: ClassVar[tuple[dict[str, float], ...]] = tuple({"beta": beta} for beta in (0.75, 0.5, 0.375, 0.25, 0.125))
+
     beta: float = knob(0.6, low=0.0, high=1.0, help="Size of the coreset, as a share of the layer's experts.")
 
     def size(self, num_experts: int) -> int:

@@ -63,6 +63,8 @@ class McMoE(ExpertMethod):
         "the negative log-likelihood of the calibration texts rises by if it alone is pruned.",
     )
 
+    sweep: ClassVar[tuple[dict[str, float], ...]] = tuple({"bits": bits} for bits in (NONE, 3.0, 2.5, 2.0, 1.5))
+
     bits: float = knob(
         2.5, low=1.0, high=NONE, unit="bits", help="Mean bits a weight of an expert, up to 3; 16 leaves the weights alone."
     )
