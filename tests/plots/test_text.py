@@ -57,7 +57,7 @@ def figures(tiny):
     history = snapshot.history.assign(setup=HOSTILE)
     texts, swaps = (HOSTILE,) * len(snapshot.texts), ((2, HOSTILE),)
     snapshot = dataclasses.replace(snapshot, name=HOSTILE, setup=HOSTILE, texts=texts, history=history, swaps=swaps)
-    session = wb.Session(moe, wb.H2O(budget=8), importance="full")
+    session = wb.Session(moe, wb.H2O(budget=8), importance="full", routing="logits")
     session.prefill("The statement is executed.")
     session.step()
     trace = with_texts(session.trace)
@@ -80,8 +80,10 @@ def figures(tiny):
     return {
         "attention_map": p.attention_map(snapshot),
         "cache_map": p.cache_map(trace),
+        "co_activation": p.co_activation(trace),
         "components": p.components(trace),
         "cross_over": p.cross_over(crossed),
+        "expert_cache_hits": p.expert_cache_hits(trace),
         "expert_load": p.expert_load(snapshot),
         "held_map": p.held_map(snapshot),
         "importance_map": p.importance_map(trace),
@@ -93,8 +95,11 @@ def figures(tiny):
         "replay_map": p.replay_map(replay, HOSTILE, 0.5, 1, texts=[HOSTILE] * 99),
         "replay_steps": p.replay_steps(replay, HOSTILE, 0.5),
         "roofline": p.roofline(prediction),
+        "routing_lanes": p.routing_lanes(trace),
+        "router_confidence": p.router_confidence(trace),
         "score_map": p.score_map(comparison),
         "turn_scores": p.turn_scores(comparison),
+        "unique_experts": p.unique_experts(trace),
     }
 
 
