@@ -175,6 +175,26 @@ def test_a_cache_method_beside_a_block_keeps_its_budget(lm, cls, cache):
     assert slots["routing"] > 0 and slots["cache"] >= 0 and slots["model"] > 0
 
 
+def test_tokens_a_recursion_leaves_out_are_not_the_cache_methods_evictions(tiny):
+    """Of an appended turn half the tokens pass the second recursion by; SnapKV, which acts on prompts, has nothing to do."""
+    setup = [wb.SnapKV(budget=0.2), known(tiny, wb.MixtureOfRecursions(), changed=False)]
+    (_, row) = wb.compare(tiny, wb.workloads.recall(context=128, samples=1, facts=2), [setup]).rows
+    assert row.fired_layers == row.layers == 4 and row.fired_steps == row.steps == 1
+    assert row.rerouted[:2] == (2, 2)
+
+
+def test_a_cache_method_may_thin_before_tokens_are_left_out_and_not_after(lm):
+    block = known(lm, wb.MixtureOfRecursions())
+    session = wb.Session(lm, [wb.FastKV(budget=0.5, window=4), block])
+    session.prefill(PROMPT)
+    session.generate(3)
+    lengths = session.trace.table("attention").query("step == 0")["q_len"].tolist()
+    assert lengths[:2] == [20, 20] and lengths[2:] == [5, 10]
+    refused = wb.Session(lm, [wb.FastKV(budget=0.5, window=4, before=0.75), block])
+    with pytest.raises(wb.UserError, match="after a layer that the routing method has left tokens out of"):
+        refused.prefill(PROMPT)
+
+
 @pytest.mark.parametrize("cls", BLOCKS, ids=labelled)
 def test_two_steps_of_training_are_a_calibration(lm, cls, tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from workbench.errors import UserError
 from workbench.probes.moe import Choice
 from workbench.trace.anatomy import Attention
 from workbench.trace.pairs import causal_pairs
@@ -81,6 +83,8 @@ class Call:
     """Tokens each kv head may keep, by layer and row; a layer that is not listed has no bound."""
     thinned: Thinned | None = None
     """Set while a call runs layers that not all of its tokens reach."""
+    taking_part: list[int] | None = None
+    """How many tokens of each row the layer that runs is given, while a routing method leaves some out."""
     prompt_tokens: list[int] = field(default_factory=list)
     """Tokens in each row's prompt."""
     divided_at: list[int] = field(default_factory=list)
@@ -112,6 +116,11 @@ class Call:
 
     def thin(self, passing: torch.Tensor) -> None:
         """From the next layer on, only the tokens of `passing` `[B, L]` are there, of the L that have come so far."""
+        if self.taking_part is not None:
+            raise UserError(
+                "The cache method lets only some tokens go on after a layer that the routing method has left tokens out of; "
+                "choose another cache method, or thin after another layer."
+            )
         counts, before = passing.sum(-1), self.positions
         length, there = int(counts.max()), passing.shape[1]
         if length == there and bool((passing | (before < 0)).all()):
@@ -125,6 +134,23 @@ class Call:
         filling = torch.arange(length, device=passing.device) < (length - counts)[:, None]
         self.positions = before.gather(1, last).masked_fill(filling, -1)
         self.has_padding = min(self.thinned.counts) < length
+
+    @contextmanager
+    def narrowed(self, kept: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Inside the block a layer is given only the tokens of `kept` `[B, L]`, of the L that are there.
+
+        Nothing is evicted: to that layer the others never came. Yields `[B, L']` which they are; a row with fewer is filled up
+        in front.
+        """
+        counts = kept.sum(-1).tolist()
+        index = kept.to(torch.int8).argsort(dim=-1, stable=True)[:, kept.shape[1] - max(counts) :]
+        before = self.positions, self.has_padding, self.taking_part
+        self.positions = self.positions.gather(1, index).masked_fill(~kept.gather(1, index), -1)
+        self.has_padding, self.taking_part = min(counts) < max(counts), counts
+        try:
+            yield index
+        finally:
+            self.positions, self.has_padding, self.taking_part = before
 
     def routed(self, layer: int, num_choices: int, experts: torch.Tensor, weights: torch.Tensor) -> None:
         """What a routing method gave each token of a layer: `[T, k]` of so many choices (that number: none), and weights."""
@@ -179,8 +205,9 @@ class Call:
         if self.has_padding:
             past = num_slots - num_queries
             there = [(min(num_queries, seen), seen) for seen in self.seen]
-            if self.thinned is not None:
-                there = [(count, past + count) for count in self.thinned.counts]
+            counts = self.taking_part or (None if self.thinned is None else self.thinned.counts)
+            if counts is not None:
+                there = [(count, past + count) for count in counts]
             pairs = sum(causal_pairs(*each, window) for each in there)
         else:
             pairs = batch * causal_pairs(num_queries, num_slots, window)

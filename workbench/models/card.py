@@ -130,7 +130,8 @@ the weights' files hold these figures:
 {_table(["model with", "steps", "seconds", *(f"recall, {length}" for length in lengths), "held-out nats a token"], rows)}
 
 A few minutes show that a block works, not what it is worth: the papers train whole models with it from the start. A lower
-loss than the model's own is also that of weights trained further.
+loss than the model's own is also that of weights trained further. The best tokens of a text, which mixture-of-recursions keeps
+unless told otherwise, are chosen with a look ahead; choice=threshold, its only way of decoding, looks at none.
 """
 
 

@@ -36,7 +36,10 @@ class MixtureOfRecursions(TrainedBlock):
         "Prompts and appended turns keep the best tokens of each recursion among their own, which looks ahead, as the paper's "
         "code does. A decoded token is judged alone, by sigmoid(logit) >= 0.5, which the auxiliary loss trains; the code's "
         "top-k of one token would always go through everything. choice='threshold' judges prompts so, too.",
-        "A recursion that keeps all tokens asks no router whether.",
+        "The auxiliary loss weighs 1 in place of 0.001, with which minutes of training shut every router but the first, so "
+        "that no decoded token would ever recurse.",
+        "A recursion that keeps all tokens asks no router whether. The shared block is one layer, applied as often as there "
+        "are middle layers.",
     )
 
     choice: str = knob(

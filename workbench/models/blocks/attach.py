@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,8 +30,8 @@ class Progress(Protocol):
     thinned: Any
     memory: dict[str, Any]
 
-    def thin(self, passing: torch.Tensor) -> None:
-        """From here on only some of the call's tokens are there."""
+    def narrowed(self, kept: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
+        """Inside the block a layer is given only some of the call's tokens; yields which these are."""
         ...
 
     def work(
