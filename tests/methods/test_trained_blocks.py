@@ -149,6 +149,17 @@ def test_a_recursion_caches_and_computes_the_tokens_it_keeps_alone(lm):
     assert routers == 2 * 2 * 32 * 20
 
 
+def test_the_threshold_decides_about_as_the_ranking_would(tiny):
+    """Of the weights that come with tiny-dense: about half of the tokens decoded take the second recursion."""
+    session = wb.Session(tiny, wb.MixtureOfRecursions())
+    (episode,) = wb.workloads.recall(context=128, samples=1, facts=4).episodes(tiny)
+    session.prefill(episode.context[:64])
+    for token in episode.context[64:]:
+        session.step([token])
+    steps = len(episode.context) - 64
+    assert 0.3 * steps < session._cache.layers[2].store.length - 32 < 0.7 * steps
+
+
 def test_a_decoded_token_takes_a_recursion_if_its_router_says_so(lm):
     session = wb.Session(lm, known(lm, wb.MixtureOfRecursions()))
     session.prefill(PROMPT)
@@ -208,6 +219,9 @@ def test_two_steps_of_training_are_a_calibration(lm, cls, tmp_path, monkeypatch)
     start = method.untrained(lm).state_dict()
     assert any(not torch.equal(tensor, start[name].to(tensor.dtype)) for name, tensor in found.tables.items())
     assert not any(parameter.grad is not None for parameter in lm.model.parameters())
+    torch.manual_seed(5)
+    again = wb.calibrate(lm, method, documents=texts)
+    assert all(torch.equal(tensor, again.tables[name]) for name, tensor in found.tables.items())
     session = wb.Session(lm, method)
     session.prefill(PROMPT)
     assert session.logits.isfinite().all() and session.setup.routing.resident_bytes(lm) > 0

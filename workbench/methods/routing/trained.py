@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -77,7 +78,8 @@ class TrainedBlock(RoutingMethod):
         ]
         if not texts:
             raise UserError(f"{self.name!r} learns to predict next tokens, and no text has two; give longer documents.")
-        self.learn(block, lm, texts, samples)
+        with _drawing_alike(lm):
+            self.learn(block, lm, texts, samples)
         return {name: _half(tensor) for name, tensor in block.state_dict().items()}
 
     def learn(self, block: nn.Module, lm: LM, texts: list[Text], samples: Samples) -> None:
@@ -85,10 +87,9 @@ class TrainedBlock(RoutingMethod):
         train(lm.model, block, self.placed(block, lm, None), texts, self.steps, samples.advance)
 
     def untrained(self, lm: LM) -> nn.Module:
-        """The same first weights every time, whatever was drawn before, and without a trace in what is drawn later."""
+        """The block as training begins with it, the same every time."""
         llama_layers(lm.model, self.name)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with _drawing_alike(lm):
             return self.build(lm).to(lm.device)
 
     def _block(self, lm: LM) -> nn.Module:
@@ -103,6 +104,14 @@ class TrainedBlock(RoutingMethod):
     @cached_property
     def _made(self) -> weakref.WeakKeyDictionary[nn.Module, nn.Module]:
         return weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _drawing_alike(lm: LM) -> Iterator[None]:
+    """Inside the block the same is drawn every time, and what is drawn after it is as if there had been none."""
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
