@@ -24,7 +24,7 @@ from workbench.methods.routing.base import ExpertMethod
 from workbench.methods.routing.budgets import WIDTHS, bits_by_expert, least_bits
 from workbench.methods.routing.quantised import Packed, PackedBank, PackedExpert, experts_of, kept, rounded, signs
 from workbench.models.anatomy import attention_modules
-from workbench.trace.anatomy import Anatomy
+from workbench.trace.anatomy import Anatomy, Experts
 
 if TYPE_CHECKING:
     from workbench.models.load import LM
@@ -107,7 +107,7 @@ class McMoE(ExpertMethod):
         lm, texts = samples.lm, [document.tokens for document in samples.documents]
         modules = list(experts_of(lm.model, lm.anatomy))
         total = len(texts) * (1 + len(modules))
-        tables = [_LayerTables(module, lm, experts.num_experts, self.group) for _, module, experts in modules]
+        tables = [_LayerTables(module, experts, lm, self.group) for _, module, experts in modules]
         dense = 0.0
         for done, tokens in enumerate(texts, 1):
             states, logits = routed(lm, tokens)
@@ -142,7 +142,7 @@ class McMoE(ExpertMethod):
     def _packed(self, lm: LM, widths: tuple[tuple[int, ...], ...]) -> dict[int, PackedBank]:
         banks = {}
         for (layer, module, experts), of_layer in zip(experts_of(lm.model, lm.anatomy), widths, strict=True):
-            packed = [_packed(module, expert, lm, bits, self.group) for expert, bits in enumerate(of_layer)]
+            packed = [packed_expert(module, expert, lm, bits, self.group) for expert, bits in enumerate(of_layer)]
             banks[layer] = PackedBank(module, experts, lm.anatomy.element_bytes, packed)
         return banks
 
@@ -246,9 +246,10 @@ class _Watch:
 class _LayerTables:
     """What calibration texts say of one layer's experts."""
 
-    def __init__(self, module: nn.Module, lm: LM, num_experts: int, group: int):
-        self._own = OwnBank(module, _experts(lm, module), lm.anatomy.element_bytes)
-        self._packed = [[_packed(module, expert, lm, bits, group) for bits in WIDTHS] for expert in range(num_experts)]
+    def __init__(self, module: nn.Module, experts: Experts, lm: LM, group: int):
+        num_experts = experts.num_experts
+        self._own = OwnBank(module, experts, lm.anatomy.element_bytes)
+        self._packed = [[packed_expert(module, expert, lm, bits, group) for bits in WIDTHS] for expert in range(num_experts)]
         self.freq, self.weight = torch.zeros(2, num_experts)
         self.errors = torch.zeros(num_experts, len(WIDTHS))
         self._ratios: list[torch.Tensor] = []
@@ -271,11 +272,9 @@ class _LayerTables:
         return float(torch.cat(self._ratios).float().median())
 
 
-def _experts(lm: LM, module: nn.Module):
-    return next(experts for _, each, experts in experts_of(lm.model, lm.anatomy) if each is module)
+def packed_expert(module: nn.Module, expert: int, lm: LM, bits: int, group: int) -> PackedExpert:
+    """One expert rounded to so many bits; one bit is signs."""
 
-
-def _packed(module: nn.Module, expert: int, lm: LM, bits: int, group: int) -> PackedExpert:
     def quantise(matrix: torch.Tensor) -> tuple[Packed]:
         return (signs(matrix, group) if bits == 1 else rounded(matrix, bits, group),)
 

@@ -207,8 +207,9 @@ _kept: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = weakref.WeakK
 
 
 def kept(model: nn.Module, key: Hashable, build: Callable[[], Any]) -> Any:
-    """What `build` makes, kept with a model for whoever asks with the same key; the oldest of a few gives way."""
+    """What `build` makes, kept with a model where it lies, for all who ask with the same key; the oldest of a few gives way."""
     known = _kept.setdefault(model, {})
+    key = (key, next(model.parameters()).device)
     if key not in known:
         made = build()
         while len(known) >= _KEPT:
