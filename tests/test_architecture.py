@@ -55,7 +55,7 @@ LAYERS = {
     "visiting": set(),
     "lab": {"errors", "ports"},
     "doctor": {"errors", "folders", "models", "probes", "engine"},
-    "testing": {"models", "engine", "methods", "experiments"},
+    "testing": {"models", "engine", "experiments", "methods"},
     "kernels": {"kernels"},
 }
 """What each room may import; every door (cli, apps, the package itself) may import all."""

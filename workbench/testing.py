@@ -122,7 +122,7 @@ def ids(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def calibrate_all(lm: LM) -> LM:
-    """The model, its every cache method that needs it calibrated on random tokens that repeat a passage."""
+    """A model whose every cache method that needs it is calibrated, on random tokens that repeat a passage; the same model."""
     prompts = [ids(40, seed=seed)[0].tolist() for seed in (1, 2)]
     needle = Needle(5, 9, (39, 40, 41, 42))
     documents = [Document((*prompt, *prompt[5:9]), len(prompt), (needle,)) for prompt in prompts]

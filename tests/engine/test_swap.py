@@ -11,8 +11,7 @@ from workbench.methods import METHODS
 from workbench.testing import calibrate_all, ids, random_gemma, random_llama
 
 PROMPT = 40
-CACHE = [cls for cls in METHODS.values() if cls.slot == "cache"]
-EVICTING = [cls for cls in CACHE if cls.name != "dense" and not cls.selects]
+EVICTING = [cls for cls in METHODS.values() if cls.slot == "cache" and cls.name != "dense" and not cls.selects]
 
 
 def small(cls, budget):
@@ -47,7 +46,7 @@ def counts(session: wb.Session) -> set[float]:
     return {sum(len(layer) for layer in layers) / len(layers) for layers in by_head}
 
 
-@pytest.mark.parametrize("cls", CACHE, ids=lambda cls: cls.name)
+@pytest.mark.parametrize("cls", [cls for cls in METHODS.values() if cls.slot == "cache"], ids=lambda cls: cls.name)
 def test_a_swap_to_the_same_method_changes_nothing(lm, cls):
     method = cls() if cls.name == "dense" else small(cls, 0.4)
     left_alone, swapped = started(lm, method, 3), started(lm, method, 3)

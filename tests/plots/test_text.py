@@ -6,6 +6,7 @@ import dataclasses
 import html
 import re
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -76,6 +77,7 @@ def figures(tiny):
     prediction = dataclasses.replace(prediction, model=HOSTILE, hardware=sheet)
     says = planned("h2o:budget=0.5")
     crossed = crossover(tiny.anatomy, sheet, {HOSTILE: says}, dtype="bf16", contexts=[32, 64], new_tokens=2)
+    led = pd.DataFrame([{"setup": HOSTILE, "rows": 1, "nll": 1.0, "kl_to_dense": 0.5, "read_bytes": 10, "resident_bytes": 20}])
     p = wb.plots
     return {
         "attention_map": p.attention_map(snapshot),
@@ -91,6 +93,7 @@ def figures(tiny):
         "live_curve": p.live_curve({HOSTILE: snapshot, "other": snapshot}),
         "pareto": p.pareto(comparison),
         "predicted_time": p.predicted_time(prediction),
+        "quality_by_bytes": p.quality_by_bytes(led, title=HOSTILE),
         "replay_curves": p.replay_curves(replay, check),
         "replay_map": p.replay_map(replay, HOSTILE, 0.5, 1, texts=[HOSTILE] * 99),
         "replay_steps": p.replay_steps(replay, HOSTILE, 0.5),

@@ -6,6 +6,7 @@ Shapes: T tokens of a call, E experts, K those the model gives a token, k those 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -112,9 +113,12 @@ def alone(module: nn.Module, expert: int, **weights: torch.Tensor) -> nn.Module:
 
 
 def apply(part: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """What `alone` gave, over n tokens `[n, d]`. The class's forward is called, so that the module's hooks stay out."""
+    """What `alone` gave, over n tokens `[n, d]`. The class's forward is called, so that the module's hooks stay out.
+
+    It is the family's own code, not a grouped kernel that transformers may put around it: those want aligned sizes.
+    """
     index = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
-    return type(part).forward(part, hidden, index, hidden.new_ones(len(hidden), 1))
+    return inspect.unwrap(type(part).forward)(part, hidden, index, hidden.new_ones(len(hidden), 1))
 
 
 def by_expert(bank: Bank, hidden: torch.Tensor, routed: Routed) -> torch.Tensor:

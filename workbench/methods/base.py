@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -37,6 +36,8 @@ class Method:
 
     calibrated_by: ClassVar[tuple[str, ...] | None] = None
     """The knobs its calibration depends on; None for a method that has none."""
+    calibrated_on: ClassVar[str] = "recall"
+    """The texts it is calibrated on if none are given: `recall`, or `recall and prose` where next-token losses matter."""
     calibration: ClassVar[Calibration | None] = None
     """What its calibration found for the model at hand: see `with_calibration`."""
 
@@ -69,7 +70,7 @@ class Method:
 
     def with_calibration(self, calibration: Calibration) -> Self:
         """A copy that knows its calibration. Sessions, comparisons and replays make it themselves."""
-        known = copy.copy(self)
+        known = dataclasses.replace(self)  # no copy, which would hold on to what followed from another calibration
         object.__setattr__(known, "calibration", calibration)
         return known
 

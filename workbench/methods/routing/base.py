@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from workbench.cost.ffn import resident_bytes
+from workbench.cost.ffn import resident_bytes, weights_bytes
+from workbench.engine.banks import banks_of
 from workbench.engine.call import Call
 from workbench.engine.experts import Bank, Routed, RouteState, expert_forwards
 from workbench.engine.replacing import Forward
@@ -33,6 +34,13 @@ class RoutingMethod(Method):
     slot: ClassVar[str] = "routing"
     sweep: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     """Knobs that save more and more: what a figure of every method shows."""
+    tokenwise: ClassVar[bool] = True
+    """Whether what is done for a token depends on that token alone, and not on those beside it in the call."""
+
+    @classmethod
+    def identity(cls, anatomy: Anatomy) -> Self | None:
+        """The method with knobs under which it leaves a model exactly as it is; None if there are none."""
+        return None
 
     def check(self, anatomy: Anatomy) -> None:
         """Raises UserError for a model the method cannot serve."""
@@ -63,7 +71,7 @@ class ExpertMethod(RoutingMethod):
         return None
 
     def banks(self, lm: LM) -> Mapping[int, Bank]:
-        """What stands in the place of the experts of which layers."""
+        """What stands in the place of the experts of which layers. Made once a model: ask `banks_of(method, lm)` for them."""
         return {}
 
     def decision_cost(self, state: RouteState) -> tuple[int, int]:
@@ -72,7 +80,7 @@ class ExpertMethod(RoutingMethod):
 
     def forwards(self, lm: LM, call: Call) -> Mapping[nn.Module, Forward]:
         """Forwards of routers and experts."""
-        return expert_forwards(lm, call, partial(self._route, call), self.banks(lm))
+        return expert_forwards(lm, call, partial(self._route, call), banks_of(self, lm))
 
     def _route(self, call: Call, state: RouteState) -> Routed | None:
         """What `route` says, its cost written down."""
@@ -83,8 +91,12 @@ class ExpertMethod(RoutingMethod):
         return routed
 
     def resident_bytes(self, lm: LM) -> int:
-        """Bytes of all experts and of FFNs beside them: here the model's own."""
-        return resident_bytes(lm.anatomy)
+        """Bytes of all experts and of FFNs beside them: the model's own, where no bank stands in their place."""
+        held = resident_bytes(lm.anatomy)
+        for index, bank in banks_of(self, lm).items():
+            experts = lm.anatomy.layers[index].experts
+            held += sum(bank.weight_bytes) - experts.num_experts * weights_bytes(experts.linears, lm.anatomy.element_bytes)
+        return held
 
 
 def within(state: RouteState, allowed: torch.Tensor, count: int) -> Routed:

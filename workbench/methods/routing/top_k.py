@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -26,6 +26,12 @@ class TopK(ExpertMethod):
     paper: ClassVar[str] = "Shazeer et al., 2017 (arXiv 1701.06538)"
 
     k: int = knob(1, low=1, unit="experts", help="Experts a token.")
+
+    @classmethod
+    def identity(cls, anatomy: Anatomy) -> Self | None:
+        """As many experts as the model gives, if that is one number in all layers."""
+        counts = {layer.experts.top_k for layer in anatomy.layers if layer.experts is not None}
+        return cls(k=counts.pop()) if len(counts) == 1 else None
 
     def check(self, anatomy: Anatomy) -> None:
         """Raises UserError if a layer has fewer experts."""
