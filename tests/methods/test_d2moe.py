@@ -131,6 +131,7 @@ def test_more_bits_are_nearer_to_the_model_and_all_are_held(moe):
         off.append((dense.exp() * (dense - session.logits.log_softmax(-1))).sum().item())
         read.append(read_bytes(session.trace)["read_bytes"].sum())
         held = session.setup.routing.resident_bytes(moe)
+        assert session.setup.routing.banks(moe) is ready(moe, bits=2.5, router="weight").banks(moe), "planes are shared"
         assert 4 / 32 < held / resident_bytes(moe.anatomy) < 5 / 32
     assert off[0] > max(off[1:]) > 0 and read == sorted(read) and read[0] < read[2]
 
