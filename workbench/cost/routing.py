@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from workbench.cost.ffn import read_bytes, weights_bytes
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _elements(linear: Linear) -> int:
 
 def expert_bytes(anatomy: Anatomy, layer: int) -> int:
     """Bytes of one routed expert's weight matrices."""
-    return anatomy.element_bytes * sum(map(_elements, anatomy.layers[layer].experts.linears))
+    return weights_bytes(anatomy.layers[layer].experts.linears, anatomy.element_bytes)
 
 
 def load(trace: Trace) -> pd.DataFrame:
@@ -114,8 +115,8 @@ def unique_experts(trace: Trace) -> pd.DataFrame:
     """One row a step and layer: tokens in flight, experts hit, those expected of independent uniform choices, and bytes read.
 
     `given` counts the tokens of all experts, one that has two of them twice. `read_bytes` are the weights of the experts hit,
-    each once. `dropped` counts the choices a token is due (its top-k) that
-    went to no expert: a router or a method left them out, or gave them to what computes nothing.
+    each once, as a routing method says it read them where one rules. `dropped` counts the choices a token is due (its top-k)
+    that went to no expert: a router or a method left them out, or gave them to what computes nothing.
     """
     routing = _routing(trace)
     routing = routing.assign(unique=routing["tokens"] > 0)
@@ -127,7 +128,8 @@ def unique_experts(trace: Trace) -> pd.DataFrame:
     experts, top_k = (table["layer"].map(kinds[name]) for name in ("experts", "top_k"))
     table["expected"] = expected_unique(table["tokens"], experts, top_k)
     table["dropped"] = (table["tokens"] * top_k - table["given"]).clip(lower=0)  # a method may give a token more than its own
-    table["read_bytes"] = table["unique"] * table["layer"].map(kinds["expert_bytes"])
+    read = read_bytes(trace).query("component == 'experts'")[["step", "layer", "read_bytes"]]
+    table = table.merge(read, on=["step", "layer"], how="left").fillna({"read_bytes": 0}).astype({"read_bytes": "int64"})
     return table[["step", "phase", "layer", "tokens", "given", "unique", "expected", "dropped", "read_bytes"]]
 
 
@@ -207,7 +209,7 @@ def specialisation(trace: Trace, classify: Callable[[str], str] = token_class) -
     care, 1 where the expert gives the class away. Raises UserError without the table `choices`.
     """
     tokens = trace.table("tokens")
-    tokens["class"] = [classify(text or "") for text in tokens["text"]]
+    tokens["class"] = [classify(text if isinstance(text, str) else "") for text in tokens["text"]]
     known = _choices(trace).merge(tokens[["step", "row", "position", "class"]], on=["step", "row", "position"])
     pairs = known[["layer", "class", "experts"]].explode("experts").query("experts >= 0")
     rows = []
