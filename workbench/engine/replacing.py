@@ -7,7 +7,7 @@ and plain `generate()` never meet it. Hooks keep working: they see what goes int
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,9 @@ from torch import nn
 
 from workbench.engine.call import Call, Number, Work
 from workbench.probes.moe import Choice
+from workbench.probes.unobserved import unobserved
 from workbench.trace.anatomy import Anatomy
+from workbench.trace.store import TraceWriter
 
 if TYPE_CHECKING:
     from workbench.models.load import LM
@@ -66,6 +68,21 @@ class Replacement:
             del module.forward
             if before is not None:
                 module.forward = before
+
+
+@torch.no_grad()
+def logits_under(lm: LM, policy: RoutingPolicy | None, tokens: Sequence[int]) -> torch.Tensor:
+    """`[T, V]` float32 logits of one plain forward call over a text, under a routing policy; no profile sees it."""
+    call = Call(TraceWriter({}))
+    ids = torch.tensor([list(tokens)], device=lm.device)
+    call.positions, call.seen = torch.arange(ids.shape[1], device=lm.device, dtype=torch.int32)[None], [ids.shape[1]]
+    replaced = replacement(lm, policy, call)
+    replaced.attach()
+    try:
+        with unobserved():
+            return lm.model(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        replaced.detach()
 
 
 def rerouted(chosen: list[Choice], given: Mapping[int, Choice]) -> list[Choice]:

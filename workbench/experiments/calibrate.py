@@ -26,6 +26,7 @@ from workbench.probes.queries import QueryProbe
 from workbench.probes.rotation import rotations
 from workbench.trace.recording import LayerTensors
 from workbench.workloads.base import Episode
+from workbench.workloads.plain_text import other_tokens
 from workbench.workloads.recall_facts import Recall
 
 TEXTS, CONTEXT, SEED = 8, 512, 977
@@ -47,7 +48,7 @@ def calibrate(
         lm: the model.
         method: a method that needs it, or its text form such as `compress-kv`; knobs the calibration depends on count.
         documents: texts to learn from; by default eight documents of 512 tokens (fewer if the model has no room), in which
-            facts are hidden in prose and recalled at the end.
+            facts are hidden in prose and recalled at the end; half of them plain prose for a method that says so.
         on_progress: called with a label, and texts (of a training, steps) done and in all.
 
     Raises:
@@ -77,7 +78,7 @@ def ship(name: str) -> list[Path]:
 def _found(
     lm: LM, method: Method, model: str, documents: Sequence[Document] | None, on_progress: Progress | None
 ) -> Calibration:
-    texts = recall_documents(lm, TEXTS) if documents is None else tuple(documents)
+    texts = _documents(lm, method.calibrated_on) if documents is None else tuple(documents)
     if not texts:
         raise UserError("There is no text to calibrate with; give at least one document, or leave documents out.")
     layers = tuple(_layers(lm, method))
@@ -85,7 +86,7 @@ def _found(
         tables = method.calibrate(_Samples(lm, method, texts, on_progress))
     about = {
         "model": lm.name,
-        "texts": "recall" if documents is None else "given",
+        "texts": method.calibrated_on if documents is None else "given",
         "documents": len(texts),
         "tokens": sum(len(text.tokens) for text in texts),
     }
@@ -128,6 +129,19 @@ def _title(method: Method) -> str:
     usual = type(method)().calibration_knobs()
     knobs = [f"{name}={value}" for name, value in method.calibration_knobs().items() if value != usual[name]]
     return f"{method.name}:{','.join(knobs)}" if knobs else method.name
+
+
+def _documents(lm: LM, kind: str) -> tuple[Document, ...]:
+    if kind == "recall":
+        return recall_documents(lm, TEXTS)
+    return (*recall_documents(lm, TEXTS // 2), *prose_documents(lm, TEXTS // 2))
+
+
+def prose_documents(lm: LM, texts: int, *, context: int = CONTEXT, seed: int = SEED) -> tuple[Document, ...]:
+    """Prose that no workload shows, in which every token counts."""
+    length = min(context, lm.anatomy.max_positions or context)
+    tokens = [other_tokens(lm, length, seed=seed + 7 * number) for number in range(texts)]
+    return tuple(Document(each, length) for each in tokens)
 
 
 def recall_documents(lm: LM, texts: int, *, context: int = CONTEXT, seed: int = SEED) -> tuple[Document, ...]:

@@ -35,6 +35,8 @@ class Method:
 
     calibrated_by: ClassVar[tuple[str, ...] | None] = None
     """The knobs its calibration depends on; None for a method that has none."""
+    calibrated_on: ClassVar[str] = "recall"
+    """The texts it is calibrated on if none are given: `recall`, or `recall and prose` where next-token losses matter."""
     calibration: ClassVar[Calibration | None] = None
     """What its calibration found for the model at hand: see `with_calibration`."""
 

@@ -54,6 +54,13 @@ def words(seed: int = 0) -> list[str]:
     return " ".join(held_out[start:] + held_out[:start] + known).split(" ")
 
 
+def known_words(seed: int = 0) -> list[str]:
+    """The words of the topics that no workload begins with, starting at a document that depends on `seed`."""
+    known = tuple(document for document in topics() if not is_held_out(document))
+    start = seed % len(known)
+    return " ".join(known[start:] + known[:start]).split(" ")
+
+
 def _docstrings_of(path: Path) -> list[str]:
     try:
         tree = ast.parse(path.read_bytes())

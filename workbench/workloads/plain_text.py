@@ -38,7 +38,15 @@ class Text(Workload):
 
 def prompt_tokens(lm: LM, length: int, seed: int = 0) -> tuple[int, ...]:
     """Exactly `length` tokens of standard-library prose, starting as the tokenizer starts a text."""
-    words = prose.words(seed)
+    return _first_tokens(lm, length, prose.words(seed))
+
+
+def other_tokens(lm: LM, length: int, seed: int = 0) -> tuple[int, ...]:
+    """The same of prose that the workload does not show: what methods may be fitted to."""
+    return _first_tokens(lm, length, prose.known_words(seed))
+
+
+def _first_tokens(lm: LM, length: int, words: list[str]) -> tuple[int, ...]:
     num_words = length
     while len(ids := encode(lm, " ".join(words[:num_words]), special_tokens=True)) < length:
         if num_words > len(words):
