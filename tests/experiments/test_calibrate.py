@@ -179,7 +179,8 @@ def serves(method, lm) -> bool:
 def test_what_is_shipped_is_what_a_calibration_finds(cache, tiny, tmp_path, monkeypatch):
     """All but what is trained, which takes up to half a minute: tests of their own say what those are worth."""
     monkeypatch.setattr(wb.DuoAttention, "to_calibrate", lambda: (wb.DuoAttention(gates="calibrated"),))
-    monkeypatch.setattr(wb.DuoLLM, "to_calibrate", tuple)
+    for trained in (wb.DuoLLM, wb.InformedRouting):
+        monkeypatch.setattr(trained, "to_calibrate", tuple)
     shipped = calibrations(tiny)
     monkeypatch.setattr("workbench.engine.calibration.BUILTIN", tmp_path)
     for path, (name, known) in zip(ship("tiny-dense"), shipped.items(), strict=True):
