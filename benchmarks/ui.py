@@ -33,7 +33,7 @@ import workbench as wb
 from workbench.pictures import chromium
 from workbench.visiting import Visitor
 
-PAGES = ("", "compare", "replay", "trace", "what_if", "methods")
+PAGES = ("", "compare", "replay", "trace", "what_if", "methods", "routing")
 WIDTH, HEIGHT = 1280, 1400
 WARM_UP_RUNS = 3
 

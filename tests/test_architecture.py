@@ -33,7 +33,20 @@ LAYERS = {
     "plots": {"errors", "trace", "cost"},
     "report": {"errors", "trace", "plots"},
     "widgets": {
-        *("errors", "registry", "texts", "trace", "models", "engine", "methods", "experiments", "live", "plots", "report")
+        *(
+            "errors",
+            "registry",
+            "texts",
+            "trace",
+            "cost",
+            "models",
+            "engine",
+            "methods",
+            "experiments",
+            "live",
+            "plots",
+            "report",
+        )
     },
     "magics": {"errors", "models", "probes"},
     "terminal": {"plots"},

@@ -32,7 +32,8 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to standard output.")]
 Model = Annotated[str, typer.Option(help="A built-in model, gemma-3-270m, a directory or a hub id.")]
 Methods = Annotated[
-    list[str] | None, typer.Option("--methods", "--method", help="NAME:knob=value,… of each, separated by spaces.")
+    list[str] | None,
+    typer.Option("--methods", "--method", help="NAME:knob=value,… of each, separated by spaces; of several slots A+B."),
 ]
 Budgets = Annotated[
     list[str] | None,
@@ -100,7 +101,9 @@ def profile(
     prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 text file with the prompt.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Without a prompt: this many tokens of standard-library text.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
-    method: Annotated[str, typer.Option(help="NAME:knob=value,knob=value; see `workbench methods`.")] = "dense",
+    method: Annotated[
+        str, typer.Option(help="NAME:knob=value,knob=value; see `workbench methods`. Of several slots: A+B.")
+    ] = "dense",
     importance: Annotated[str, typer.Option(help="off, decode, window or full: record attention mass by position.")] = "off",
     spans: Annotated[bool, typer.Option(help="Time every layer and its parts too.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the trace.")] = Path("run.trace"),
@@ -108,12 +111,12 @@ def profile(
 ) -> None:
     """Record a trace of a prompt and its continuation, and print what each phase costs."""
     from workbench.engine.session import Session
-    from workbench.methods import parse_method
+    from workbench.methods import parse_setup
     from workbench.models.load import load
     from workbench.terminal import print_profile
 
     text = _prompt_text(prompt, prompt_file)
-    chosen = parse_method(method)
+    chosen = parse_setup(method)
     if new_tokens < 1:
         raise UserError(f"--new-tokens cannot be {new_tokens}; ask for 1 or more.")
     if text is None and prompt_tokens < 1:
@@ -490,12 +493,12 @@ def _beside(trace, device) -> list[dict[str, Any]] | None:
 def _compare(model: str, workloads: list[Workload], methods: list[str], out: Path, fresh: bool, as_json: bool) -> None:
     """Compares on each workload; the results of several lie in folders of their own, and what is finished in one."""
     from workbench.experiments.compare import compare as run
-    from workbench.methods import parse_method
+    from workbench.methods import parse_setup
     from workbench.models.load import load
     from workbench.report import write_contexts_report
     from workbench.terminal import print_comparison
 
-    setups = [parse_method(text) for text in methods]
+    setups = [parse_setup(text) for text in methods]
     lm = load(model)
     _check_writable(out)
     for workload in workloads:

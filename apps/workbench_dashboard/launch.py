@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from workbench.errors import UserError
-from workbench.plots.look import LIGHT
+from workbench.plots.look import DARK, LIGHT
 from workbench.ports import check_free
 
 APP = Path(__file__).parent / "app.py"
@@ -22,7 +22,8 @@ OPTIONS = {
     "runner.postScriptGC": "false",  # after each run of a fragment it would go through every object of torch, holding the GIL
     "client.showErrorDetails": "type",
     "client.toolbarMode": "minimal",
-    "theme.primaryColor": LIGHT.high,
+    "theme.light.primaryColor": LIGHT.high,
+    "theme.dark.primaryColor": DARK.high,
 }
 
 

@@ -18,10 +18,14 @@ MOST_MODELS = 2
 _CHOSEN, _OTHER = "chosen_model", "another …"
 
 
-def choose_model() -> wb.LM:
-    """The model's input, and the model. Raises UserError for one that does not exist or does not fit."""
+def choose_model(first: str | None = None) -> wb.LM:
+    """The model's input, and the model. Raises UserError for one that does not exist or does not fit.
+
+    A page opens on the model chosen last on any page; one that gives its own `first` opens on that, and remembers for itself.
+    """
     ready = [entry["name"] for entry in catalogue() if entry["ready"]]
-    before = st.session_state.get(_CHOSEN, ready[0])
+    remembered = _CHOSEN if first is None else f"{_CHOSEN}.{first}"
+    before = st.session_state.get(remembered, first or ready[0])
     name = st.selectbox("Model", [*ready, _OTHER], index=ready.index(before) if before in ready else len(ready), key="model")
     if name == _OTHER:
         typed = "" if before in ready else before
@@ -29,7 +33,7 @@ def choose_model() -> wb.LM:
         if not name.strip():
             raise UserError("There is no model yet; type the path of a saved one or a hub id.")
     lm = _load(name.strip())
-    st.session_state[_CHOSEN] = lm.name
+    st.session_state[remembered] = lm.name
     st.caption(f"{human_bytes(weights_bytes(lm.anatomy))} of weights on {lm.device}. {MOST_MODELS} models are held at most.")
     return lm
 

@@ -1,25 +1,55 @@
-"""What the trace page shows of a trace: one function a view, each drawn only when it is chosen."""
+"""Opening a trace, for every page that looks at one; and what the trace page shows of it, one function a view."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pandas as pd
 import streamlit as st
 
 from workbench import plots
+from workbench.trace.archive import read_zip
 from workbench.trace.query import limited
 from workbench.trace.schema import TABLES
+from workbench.trace.soundness import checked
 from workbench.trace.trace import Trace
 from workbench_dashboard import figures
 from workbench_dashboard.errors import errors_shown
+from workbench_dashboard.launch import UPLOAD_MB
 from workbench_dashboard.plain import visible
 
 PREVIEW_ROWS = 200
 MAX_ROWS = 1000
 _EXAMPLE = "select phase, count(*) as steps, median(duration_ns) / 1e6 as median_ms from steps group by phase"
+
+
+@st.cache_resource(scope="session", max_entries=2, show_spinner="Opening the trace")
+def _opened(path: str, changed_ns: int) -> Trace:
+    return checked(Trace.load(path))
+
+
+@st.cache_resource(scope="session", max_entries=2, show_spinner="Opening the zip")
+def _unpacked(file_id: str, _file: IO[bytes]) -> Trace:
+    return read_zip(_file)
+
+
+def trace_inputs(key: str) -> Trace | None:
+    """The trace that was uploaded or whose folder was given. Raises UserError for what is none."""
+    path = st.text_input("Folder", st.query_params.get("path", ""), key=f"{key}.path", help="What `--out` or Trace.save wrote.")
+    file = st.file_uploader("Or a zip of one", type="zip", key=f"{key}.zip", help=f"At most {UPLOAD_MB} MB.")
+    if file is not None:
+        return _unpacked(file.file_id, file)
+    if not path.strip():
+        return None
+    meta = Path(path.strip()) / "meta.json"
+    try:
+        changed_ns = meta.stat().st_mtime_ns
+    except (OSError, ValueError):  # such as a name that is too long; opening it says so
+        changed_ns = 0
+    return _opened(path.strip(), changed_ns)
 
 
 def summary(trace: Trace) -> None:
@@ -44,11 +74,11 @@ def _kv_bytes(trace: Trace) -> None:
 
 
 def _held(trace: Trace) -> None:
-    figures.show(plots.cache_map(trace, _row(trace)), "trace.map")
+    figures.show(plots.cache_map(trace, row_input(trace, "trace")), "trace.map")
 
 
 def _importance(trace: Trace) -> None:
-    row = _row(trace)
+    row = row_input(trace, "trace")
     recorded = trace.arrow("importance")["step"].unique().to_pylist()
     step = st.select_slider("Forward call", sorted(recorded), key="trace.step") if len(recorded) > 1 else None
     figures.show(plots.importance_map(trace, step, row), "trace.importance")
@@ -108,9 +138,10 @@ def perfetto(trace: Trace) -> bytes:
         return trace.to_perfetto(Path(folder) / "trace.json").read_bytes()
 
 
-def _row(trace: Trace) -> int:
+def row_input(trace: Trace, key: str) -> int:
+    """Which row of the batch, if there are several."""
     rows = trace.arrow("tokens")["row"].unique().to_pylist()
-    return st.selectbox("Row of the batch", sorted(rows), key="trace.row") if len(rows) > 1 else 0
+    return st.selectbox("Row of the batch", sorted(rows), key=f"{key}.row") if len(rows) > 1 else 0
 
 
 def _shown(value: object) -> object:

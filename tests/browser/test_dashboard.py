@@ -154,3 +154,18 @@ def test_a_what_if(visitor):
     visitor.slide("Context (tokens)", 3)
     visitor.until("Predicted time by component", lambda figure: figure != first)
     assert len(visitor.figure("Roofline")["traces"]) > 3 and len(visitor.figure("beside dense")["traces"]) > 2
+
+
+def test_the_routing_of_a_run_is_looked_at(visitor):
+    visitor.open("routing")
+    visitor.choose("Prompt", "Own text")
+    visitor.fill("Text", NOTHING + " the quick brown fox")
+    visitor.press("Run")
+    assert len(visitor.figure("Expert load")["traces"][0]["z"]) == 4
+    visitor.page.get_by_text("Lanes", exact=True).click()
+    lanes = visitor.figure("Experts by token")["traces"][0]
+    assert len(lanes["z"]) == 4 and len(lanes["x"]) == 48
+    visitor.slide("Tokens", 3)
+    visitor.until("Experts by token", lambda figure: len(figure["traces"][0]["x"]) == 45)
+    visitor.page.get_by_text("Expert cache", exact=True).click()
+    assert len(visitor.figure("Experts found in a cache")["traces"]) == 3

@@ -7,6 +7,7 @@ import html
 import re
 
 import pyarrow as pa
+import pandas as pd
 import pytest
 
 import workbench as wb
@@ -57,7 +58,7 @@ def figures(tiny):
     history = snapshot.history.assign(setup=HOSTILE)
     texts, swaps = (HOSTILE,) * len(snapshot.texts), ((2, HOSTILE),)
     snapshot = dataclasses.replace(snapshot, name=HOSTILE, setup=HOSTILE, texts=texts, history=history, swaps=swaps)
-    session = wb.Session(moe, wb.H2O(budget=8), importance="full")
+    session = wb.Session(moe, wb.H2O(budget=8), importance="full", routing="logits")
     session.prefill("The statement is executed.")
     session.step()
     trace = with_texts(session.trace)
@@ -76,12 +77,15 @@ def figures(tiny):
     prediction = dataclasses.replace(prediction, model=HOSTILE, hardware=sheet)
     says = planned("h2o:budget=0.5")
     crossed = crossover(tiny.anatomy, sheet, {HOSTILE: says}, dtype="bf16", contexts=[32, 64], new_tokens=2)
+    led = pd.DataFrame([{"setup": HOSTILE, "rows": 1, "nll": 1.0, "kl_to_dense": 0.5, "read_bytes": 10, "resident_bytes": 20}])
     p = wb.plots
     return {
         "attention_map": p.attention_map(snapshot),
         "cache_map": p.cache_map(trace),
+        "co_activation": p.co_activation(trace),
         "components": p.components(trace),
         "cross_over": p.cross_over(crossed),
+        "expert_cache_hits": p.expert_cache_hits(trace),
         "expert_load": p.expert_load(snapshot),
         "held_map": p.held_map(snapshot),
         "importance_map": p.importance_map(trace),
@@ -89,12 +93,16 @@ def figures(tiny):
         "live_curve": p.live_curve({HOSTILE: snapshot, "other": snapshot}),
         "pareto": p.pareto(comparison),
         "predicted_time": p.predicted_time(prediction),
+        "quality_by_bytes": p.quality_by_bytes(led, title=HOSTILE),
         "replay_curves": p.replay_curves(replay, check),
         "replay_map": p.replay_map(replay, HOSTILE, 0.5, 1, texts=[HOSTILE] * 99),
         "replay_steps": p.replay_steps(replay, HOSTILE, 0.5),
         "roofline": p.roofline(prediction),
+        "routing_lanes": p.routing_lanes(trace),
+        "router_confidence": p.router_confidence(trace),
         "score_map": p.score_map(comparison),
         "turn_scores": p.turn_scores(comparison),
+        "unique_experts": p.unique_experts(trace),
     }
 
 

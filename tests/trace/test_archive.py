@@ -216,6 +216,25 @@ def test_tables_of_other_types_or_with_impossible_numbers_are_refused(trace, zip
         assert f"table '{name}'" in refusal(with_table(zipped, name, put(table, column, value)))
 
 
+def test_experts_that_a_layer_does_not_have_are_refused(tiny):
+    session = wb.Session(wb.load((random_qwen_moe(), tiny.tokenizer)), routing="logits")
+    session.prefill([3, 4, 5])
+    trace = session.trace
+    assert checked(trace) is trace
+    routing, choices = trace.arrow("routing").to_pydict(), trace.arrow("choices").to_pydict()
+    for name, columns, change, said in (
+        ("routing", routing, {"expert": [6] * len(routing["expert"])}, "expert 6"),
+        ("choices", choices, {"experts": [[0, 6]] * len(choices["experts"])}, "experts 6"),
+        ("choices", choices, {"experts": [[0, -2]] * len(choices["experts"])}, "experts -2"),
+        ("choices", choices, {"weights": [[0.5]] * len(choices["experts"])}, "lacks experts or weights"),
+        ("choices", choices, {"experts": [None] * len(choices["experts"])}, "lacks experts or weights"),
+        ("choices", choices, {"logits": [[0.5]] * len(choices["experts"])}, "not one logit an expert"),
+    ):
+        table = pa.table({**columns, **change}, schema=trace.arrow(name).schema)
+        with pytest.raises(wb.UserError, match=said):
+            checked(wb.Trace(trace.meta, {each: table if each == name else trace.arrow(each) for each in TABLES}))
+
+
 def test_texts_that_hold_html_stay_texts(trace, zipped):
     tokens = trace.arrow("tokens")
     place = tokens.schema.get_field_index("text")

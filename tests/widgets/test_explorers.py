@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import workbench as wb
+from workbench.trace.schema import TABLES
 
 pytest.importorskip("ipywidgets", reason="needs the extra `notebook`")
 
@@ -171,7 +172,60 @@ def test_a_comparison_is_explored(comparison):
     shown.close()
 
 
+@pytest.fixture(scope="module")
+def routed() -> wb.Trace:
+    session = wb.Session(wb.load("tiny-moe"), routing="logits")
+    session.prefill([PROMPT, "A name"])
+    session.generate(3, stop_at_end=False)
+    return session.trace
+
+
+def test_every_view_of_routing_shows_what_it_is_about(routed):
+    from workbench.widgets.routing_explorer import VIEWS
+
+    shown = wb.widgets.RoutingExplorer(routed)
+    assert "Expert load" in shown.picture.figure.layout.title.text and "<td>" in shown._table.value
+    for view in VIEWS:
+        shown.choose(view=view, layer=2, row=1, tokens=range(1, 3))
+        assert shown.error is None and len(shown.picture.figure.data)
+        if view == "lanes":
+            assert len(shown.picture.figure.data[0].x) == 2
+        if view == "pairs":
+            assert "layer 2" in shown.picture.figure.layout.title.text
+    shown.choose(view="expert cache", slots=3, phase="decode")
+    assert set(shown.table["slots"]) == {3} and "decode" in shown.phase.value
+    assert shown.table["requests"].iloc[0] == len(shown.selected.table("routing").query("tokens > 0"))
+    shown.view.value = "load"
+    assert shown.table["steps"].tolist() == [3, 3, 3, 3]
+    shown.close()
+
+
+def test_routing_that_cannot_be_shown_is_one_sentence_and_nothing_changes(routed, recording):
+    shown = wb.widgets.RoutingExplorer(routed, "lanes")
+    for wrong, said in [
+        ({"view": "x"}, "'x' cannot be chosen as view"),
+        ({"layer": 9}, "9 cannot be chosen as layer; there are all, 0, 1, 2, 3"),
+        ({"slots": 0}, "slots cannot be 0; choose from 1 to 8"),
+        ({"tokens": range(0)}, "tokens cannot be"),
+        ({"tokens": range(2, 900)}, "tokens cannot be"),
+        ({"colour": 1}, "'colour' cannot be chosen"),
+    ]:
+        with pytest.raises(wb.UserError, match=said):
+            shown.choose(**wrong)
+    assert (shown.view.value, shown.layer.value, shown.slots.value) == ("lanes", "all", 4)
+    with pytest.raises(wb.UserError, match="No expert was called"):
+        wb.widgets.RoutingExplorer(recording.trace)
+    loads = wb.Trace(routed.meta, {**{name: routed.arrow(name) for name in TABLES}, "choices": TABLES["choices"].empty_table()})
+    bare = wb.widgets.RoutingExplorer(loads)
+    bare.view.value = "lanes"
+    assert 'record it with routing="choices"' in bare.error
+    with pytest.raises(wb.UserError, match="routing="):
+        bare.choose(view="pairs")
+    bare.choose(view="in flight")
+    assert bare.error is None
+
+
 def test_widgets_are_found_by_their_folder():
-    assert {"CompareExplorer", "Lab", "ReplayExplorer", "TraceExplorer"} <= set(dir(wb.widgets))
+    assert {"CompareExplorer", "Lab", "ReplayExplorer", "RoutingExplorer", "TraceExplorer"} <= set(dir(wb.widgets))
     with pytest.raises(AttributeError, match="no widget 'Nope'"):
         wb.widgets.Nope  # noqa: B018 (the access is the test)

@@ -103,7 +103,7 @@ class Calibration:
     model: str
     """The model's fingerprint."""
     layers: tuple[int, ...]
-    """The layers the rows of a table stand for, if it has one a layer."""
+    """The layers the rows of a cache method's table stand for, if it has one a layer."""
     about: Mapping[str, Any]
     """The model's name, and the texts."""
     tables: Mapping[str, torch.Tensor] = field(repr=False, compare=False)

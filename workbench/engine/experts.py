@@ -142,7 +142,7 @@ def expert_forwards(lm: LM, call: Call, route: Route, banks: Mapping[int, Bank])
     known, modules, routers = gates(lm), expert_modules(lm.model), router_modules(lm.model)
     forwards: dict[nn.Module, Forward] = {}
     for number, (layer, module) in enumerate(modules.items()):
-        router = _Router(layer)
+        router = _Router(layer, call)
         place = (layer, number, len(modules))
         forwards[routers[layer]] = router.forward
         forwards[module] = _Layer(module, lm.anatomy, call, known[layer], router, place, route, banks.get(layer)).forward
@@ -150,14 +150,18 @@ def expert_forwards(lm: LM, call: Call, route: Route, banks: Mapping[int, Bank])
 
 
 class _Router:
-    """Runs a router and keeps its logits for the experts that follow."""
+    """Runs a router and keeps its logits for the experts that follow: computed once more, since what routers return differs."""
 
-    def __init__(self, layer: int):
-        self.layer = layer
+    def __init__(self, layer: int, call: Call):
+        self._layer, self._call = layer, call
         self.logits: torch.Tensor | None = None
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        weight = original.__self__.weight
         self.logits = router_logits(original.__self__, args, kwargs)
+        tokens, (rows, columns) = len(self.logits), weight.shape
+        moved = weight.element_size() * (rows * columns + tokens * columns) + 4 * tokens * rows
+        self._call.work(self._layer, "method", changed=0, flops=2 * tokens * rows * columns, bytes=moved, weight_bytes=0)
         return original(*args, **kwargs)
 
 

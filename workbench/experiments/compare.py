@@ -19,7 +19,7 @@ from workbench.engine.setup import Method, Setup
 from workbench.errors import MethodDidNotFire
 from workbench.experiments.cells import Cell, Cells, cell_key
 from workbench.experiments.fidelity import kl_to_dense, negative_log_likelihood, top1_agreement
-from workbench.methods.base import parse_method
+from workbench.methods.base import parse_setup
 from workbench.models.load import LM
 from workbench.probes.energy import energy
 from workbench.probes.environment import environment
@@ -82,7 +82,7 @@ def compare(
     Args:
         lm: the model.
         workload: what to run.
-        setups: setups, methods, or methods in text form such as `h2o:budget=0.2`.
+        setups: setups, methods, or their text form such as `h2o:budget=0.2` or `h2o:budget=0.2 + top-k:k=1`.
         out: folder to keep finished results in.
         fresh: runs everything again, replacing what is kept.
         on_progress: called after each episode.
@@ -91,7 +91,7 @@ def compare(
         UserError: for setups that do not go together, a workload that does not fit, or a folder that cannot be written.
         MethodDidNotFire: if a method had something to do and did not do it.
     """
-    chosen = [setup.ready(lm) for setup in _distinct([_setup(given) for given in setups])]
+    chosen = [setup.ready(lm) for setup in distinct([parsed(given) for given in setups])]
     episodes = workload.episodes(lm)
     settings = {option.name: getattr(workload, option.name) for option in dataclasses.fields(workload)}
     cells = Cells(Path(out), cell_key(lm, workload.name, settings, episodes), fresh) if out is not None else None
@@ -154,11 +154,12 @@ def _dense_logits(lm: LM, episode: Episode, tokens: Forced) -> list[torch.Tensor
     return [_lead(session, turn.prompt, led) for turn, led in zip(episode.turns, tokens, strict=True)]
 
 
-def _setup(given: Given) -> Setup:
-    return Setup(parse_method(given)) if isinstance(given, str) else Setup.of(given)
+def parsed(given: Given) -> Setup:
+    """A setup from whatever names one, its text form included."""
+    return parse_setup(given) if isinstance(given, str) else Setup.of(given)
 
 
-def _distinct(setups: list[Setup]) -> list[Setup]:
+def distinct(setups: list[Setup]) -> list[Setup]:
     """Dense first, then every other setup once."""
     by_label = {setup.label: setup for setup in setups}
     by_label.pop("dense", None)

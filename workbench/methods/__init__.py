@@ -2,7 +2,7 @@
 
 from workbench.engine.experts import Routed, RouteState
 from workbench.engine.policy import LayerState
-from workbench.methods.base import METHODS, Budget, Method, budget_knob, describe, knob, parse_method, register
+from workbench.methods.base import METHODS, Budget, Method, budget_knob, describe, knob, parse_method, parse_setup, register
 from workbench.methods.cache.base import CacheMethod, keep_top
 from workbench.methods.routing.base import ExpertMethod, RoutingMethod, within
 from workbench.registry import import_folder
@@ -24,6 +24,7 @@ __all__ = [
     "keep_top",
     "knob",
     "parse_method",
+    "parse_setup",
     "register",
     "within",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from workbench.engine.setup import Setup
 from workbench.errors import UserError
 from workbench.registry import Registry
 
@@ -166,6 +168,11 @@ def parse_method(text: str) -> Method:
             raise UserError(f"Knob {key!r} of {name!r} needs a value, as in {key}={known[key].default}.")
         given[key] = value if isinstance(known[key].default, str) else _parse_value(name, key, value)
     return cls(**given)
+
+
+def parse_setup(text: str) -> Setup:
+    """Reads methods of several slots, as in `snapkv:budget=0.2 + top-k:k=1`, or one. Raises UserError as `parse_method`."""
+    return Setup(*map(parse_method, re.split(r"\s*\+\s*(?=[^\d\s])", text.strip())))
 
 
 def resolve_budget(budget: Budget, prompt_tokens: int) -> int:

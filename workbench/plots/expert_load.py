@@ -52,7 +52,7 @@ def expert_load(of: Snapshot | Trace) -> go.Figure:
             colorscale=SHARE_SCALE,
             zmin=0,
             zmax=max(float(np.nanmax(share)), 2 / counts.shape[1]),
-            colorbar=colour_bar("share of the layer", tickformat=".0%"),
+            colorbar=colour_bar("share of the layer", tickformat=".2~p"),
             hovertemplate="expert %{x}, layer %{y}<br>%{customdata:,} tokens, %{z:.1%} of the layer's<extra></extra>",
         )
     else:

@@ -52,7 +52,7 @@ def token_matrix(
     figure = go.Figure()
     if length:
         reduced = np.add.reduceat(values, starts, axis=1) / np.diff([*starts, length])
-        names = [_names(tokens[start : start + width]) for start in starts]
+        names = [names_of(tokens[start : start + width]) for start in starts]
         figure.add_heatmap(
             z=np.log10(np.maximum(reduced, 1e-6)) if logarithm else reduced,
             x=starts,
@@ -66,17 +66,18 @@ def token_matrix(
         )
     else:
         note(figure, missing)
-    _mark_phases(figure, phases, mark)
+    mark_phases(figure, phases, mark)
     style(figure, title, "position in the text", "layer", height=120 + 34 * min(len(layers), 20))
     return figure.update_yaxes(autorange="reversed", dtick=1 if len(layers) <= 20 else None)
 
 
-def _names(tokens: Sequence[str | None]) -> str:
+def names_of(tokens: Sequence[str | None]) -> str:
+    """Tokens as a hover text: all of them if they are few, else the first."""
     shown = tokens if len(tokens) < _READABLE else tokens[:1]
     return " ".join(map(quoted, shown)) + (" …" if len(shown) < len(tokens) else "")
 
 
-def _mark_phases(figure: go.Figure, phases: Sequence[str], inside: str) -> None:
+def mark_phases(figure: go.Figure, phases: Sequence[str], inside: str) -> None:
     """A line where a phase begins, with a tick above the map, named where there is room."""
     free = 0.0
     for position in range(1, len(phases)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -37,6 +38,8 @@ _MOST = {"position": 2**24, "start": 2**24, "length": 2**24, "batch": 2**20, "ro
 _LARGEST = 2**62
 _LARGEST_MAP = 2**28
 """Layers times positions: maps hold a number for each."""
+_MOST_EXPERTS = 4096
+"""Of a layer; figures hold a number for each pair."""
 _NONE_IS_MINUS_ONE = {("spans", "layer"), ("evictions", "head"), ("evictions", "into"), ("importance", "head")}
 _SIZES = 2**48
 
@@ -50,6 +53,8 @@ def checked(trace: Trace) -> Trace:
         raise UserError("The trace's meta.json does not say what a trace's does; record the trace again.") from None
     for name in TABLES:
         _check_table(name, trace.arrow(name), anatomy.num_layers)
+    for name in ("routing", "choices"):
+        _check_experts(name, trace.arrow(name), anatomy)
     steps = trace.arrow("steps")
     if pc.count_distinct(steps["step"]).as_py() != steps.num_rows:
         raise UserError("The trace's table 'steps' has a step more than once; record the trace again.")
@@ -82,6 +87,8 @@ def _anatomy(meta: dict[str, Any]) -> Anatomy:
         if layer.experts is not None:
             sizes += [layer.experts.num_experts, layer.experts.top_k]
             linears += layer.experts.linears
+            if layer.experts.num_experts > _MOST_EXPERTS or layer.experts.top_k > layer.experts.num_experts:
+                raise ValueError
         if layer.index != place or attention.num_q_heads % attention.num_kv_heads:
             raise ValueError
     for linear in linears:
@@ -109,3 +116,24 @@ def _check_table(name: str, table: pa.Table, num_layers: int) -> None:
         wrong = [number for number in (ends["min"], ends["max"]) if not least <= number <= most]
         if wrong:
             raise UserError(f"The trace's table {name!r} says {field.name} {wrong[0]}, which cannot be; record it again.")
+
+
+def _check_experts(name: str, table: pa.Table, anatomy: Anatomy) -> None:
+    """Raises UserError if an expert is named that its layer does not have, or not as many of them as of their weights."""
+    counts = np.array([0 if layer.experts is None else layer.experts.num_experts for layer in anatomy.layers])
+    column = "expert" if name == "routing" else "experts"
+    layers, experts = table["layer"].to_numpy(), table[column].combine_chunks()
+    least = 0
+    if name == "choices":
+        least, lengths = -1, pc.list_value_length(experts).to_numpy(zero_copy_only=False)
+        weights = pc.list_value_length(table["weights"]).to_numpy()
+        if not np.array_equal(lengths, weights) or (lengths == 0).any():  # null, which is not equal to itself, included
+            raise UserError("The trace's table 'choices' lacks experts or weights of tokens; record the trace again.")
+        logits = pc.list_value_length(table["logits"]).drop_null().to_numpy()
+        if not np.array_equal(logits, counts[layers[table["logits"].is_valid().to_numpy()]]):
+            raise UserError("The trace's table 'choices' has not one logit an expert; record the trace again.")
+        layers, experts = layers.repeat(lengths.astype(int)), experts.flatten()
+    numbers = experts.to_numpy(zero_copy_only=False)
+    wrong = numbers[~((numbers >= least) & (numbers < counts[layers]))]
+    if len(wrong):
+        raise UserError(f"The trace's table {name!r} says {column} {wrong[0]}, which cannot be; record it again.")

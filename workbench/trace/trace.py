@@ -149,6 +149,15 @@ class Trace(RichDisplay):
 
         return phase_energy(self)
 
+    def routing(self) -> pd.DataFrame:
+        """One row a layer: how evenly its experts are used, how many a step hits and reads, and how alike neighbours choose.
+
+        Raises UserError if no expert was called. See `workbench.cost.routing_layers`.
+        """
+        from workbench.cost.routing_layers import routing_layers
+
+        return routing_layers(self)
+
     def summary(self) -> pd.DataFrame:
         """One row a phase: tokens, seconds and joules (measured), FLOPs and bytes (modelled), cache bytes at its end."""
         from workbench.cost.metrics import phase_summary

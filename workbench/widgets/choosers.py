@@ -11,7 +11,7 @@ import ipywidgets as w
 
 from workbench.engine.setup import Method, Setup
 from workbench.errors import UserError
-from workbench.methods.base import METHODS, SLOTS, parse_method
+from workbench.methods.base import METHODS, SLOTS, parse_setup
 from workbench.widgets.forms import WIDE, Form
 
 _NONE = "none"
@@ -117,4 +117,4 @@ class SetupChooser:
 
 def as_setup(given: Setup | Method | str | None) -> Setup:
     """A setup from whatever names one, a method's text form such as `h2o:budget=0.2` included."""
-    return Setup.of(parse_method(given) if isinstance(given, str) else given)
+    return parse_setup(given) if isinstance(given, str) else Setup.of(given)

@@ -10,7 +10,7 @@ import workbench as wb
 from workbench.cli import DEMO_METHODS
 from workbench.errors import UserError
 from workbench.live import line_of
-from workbench.methods import parse_method
+from workbench.methods import parse_setup
 from workbench_dashboard import comparison_view, kept, visitor
 from workbench_dashboard.comparer import Comparer, Job
 from workbench_dashboard.errors import errors_shown, show_error
@@ -31,12 +31,17 @@ def job_inputs() -> Job:
     names = [name for name in wb.METHODS if name != "dense"]
     methods = st.multiselect("Methods", names, default=list(DEMO_METHODS), key="compare.methods")
     budgets = budgets_input((0.5, 0.2), "compare.budgets")
-    own = st.text_area("Setups of your own", key="compare.own", placeholder="h2o:budget=0.3,recent=0.5", help="One a line.")
+    own = st.text_area(
+        "Setups of your own",
+        key="compare.own",
+        placeholder="h2o:budget=0.3,recent=0.5",
+        help="One a line; methods of several slots with a + between them.",
+    )
     setups = [method for name in methods for method in _at_budgets(wb.METHODS[name], budgets)]
-    setups += [parse_method(line) for line in own.splitlines() if line.strip()]
+    setups += [parse_setup(line) for line in own.splitlines() if line.strip()]
     if not setups:
         raise UserError("There is nothing to compare with dense; choose a method.")
-    return Job(lm, chosen, [wb.Setup(method) for method in setups])
+    return Job(lm, chosen, [wb.Setup.of(setup) for setup in setups])
 
 
 def _at_budgets(cls: type[wb.Method], budgets: list[float | int]) -> list[wb.Method]:

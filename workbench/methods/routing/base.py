@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ class RoutingMethod(Method):
     """A method of the routing slot."""
 
     slot: ClassVar[str] = "routing"
+    sweep: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    """Knobs that save more and more: what a figure of every method shows."""
     tokenwise: ClassVar[bool] = True
     """Whether what is done for a token depends on that token alone, and not on those beside it in the call."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class DuoLLM(FfnMethod):
     paper: ClassVar[str] = "Alizadeh et al. 2024, arXiv 2410.10846"
     calibrated_by: ClassVar[tuple[str, ...]] = ("ratio",)
     calibrated_on: ClassVar[str] = "recall and prose"
+    sweep: ClassVar[tuple[Mapping[str, Any], ...]] = tuple({"big": big} for big in (3, 2, 1, 0))
     deviations: ClassVar[tuple[str, ...]] = (
         "The paper trains big and small FFNs together from scratch, every token choosing at random; here the model is as it is "
         "and each small FFN is fitted by mean square error to the big one's output on calibration text, from the big one's "

@@ -44,6 +44,7 @@ class InformedRouting(FfnMethod):
     paper: ClassVar[str] = "Han et al. 2025, arXiv 2510.13831"
     calibrated_by: ClassVar[tuple[str, ...]] = ("rank",)
     calibrated_on: ClassVar[str] = "recall and prose"
+    sweep: ClassVar[tuple[Mapping[str, Any], ...]] = tuple({"sparsity": share} for share in (0.1, 0.25, 0.5, 0.75))
     deviations: ClassVar[tuple[str, ...]] = (
         "The forecaster's rank is at most a quarter of the hidden size: the paper's 100 would cost a tiny model more than it "
         "saves. The router's inner size is max(8, d/4); the code's d/4 - 200 is nothing for small models.",
