@@ -6,8 +6,8 @@ import dataclasses
 import html
 import re
 
-import pyarrow as pa
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 import workbench as wb
