@@ -2,6 +2,8 @@
 
 usage: python benchmarks/overhead.py [--model tiny-dense] [--context 2048] [--steps 4] [--pairs 40] [--phase decode]
 
+Of a mixture of experts (`--model tiny-moe --only routing`) also what seeing its routing costs, by itself and with the rest.
+
 Bare and observed runs take turns in one process, each going first in every other pair; each figure is the median of the
 pairwise ratios of the seconds of all steps together (decode), or of the prompt (prefill). The first pair of each is a
 warm-up. 1.02 means 2% slower than bare. The last column is the range the middle half of the ratios lies in.
@@ -12,8 +14,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from statistics import median
 
 import torch
@@ -21,6 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import workbench as wb
+from workbench.models.anatomy import expert_modules
+from workbench.probes.moe import MODES, RoutingProbe
 from workbench.workloads.plain_text import prompt_tokens
 
 Observer = Callable[[], AbstractContextManager]
@@ -29,11 +33,27 @@ Observer = Callable[[], AbstractContextManager]
 def observers(lm: wb.LM) -> dict[str, Observer]:
     """Everything that is compared, by name."""
     modes = {mode: (lambda mode=mode: wb.profile(lm.model, importance=mode)) for mode in ("off", "decode", "window", "full")}
+    routing: dict[str, Observer] = {}
+    for mode in MODES if expert_modules(lm.model) else ():
+        routing[f"routing alone, {mode}"] = lambda mode=mode: routing_alone(lm, mode)
+        routing[f"wb.profile, routing {mode}"] = lambda mode=mode: wb.profile(lm.model, routing=mode)
     return {
         **{f"wb.profile, importance {mode}": observer for mode, observer in modes.items()},
+        **routing,
         "torch FlopCounterMode": lambda: FlopCounterMode(display=False),
         "torch.profiler": lambda: torch.profiler.profile(),
     }
+
+
+@contextmanager
+def routing_alone(lm: wb.LM, mode: str) -> Iterator[None]:
+    """Sees the routing, and nothing else."""
+    probe = RoutingProbe(lm.model, mode)
+    probe.attach()
+    try:
+        yield
+    finally:
+        probe.detach()
 
 
 @torch.no_grad()

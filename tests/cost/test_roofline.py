@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MixtralConfig
 
 import workbench as wb
 from workbench.cost.hardware import Hardware
-from workbench.cost.plan import MAX_STEPS, Plan, expected_hits
+from workbench.cost.plan import MAX_STEPS, Plan
 from workbench.cost.roofline import Memory
 from workbench.models.anatomy import anatomy_of
 from workbench.testing import ids, random_gemma, random_llama, random_model, random_qwen_moe
@@ -127,16 +127,6 @@ def test_a_plan_counts_experts_as_a_recording_where_routing_cannot_differ():
         recorded.set_index("component").loc["experts", "bytes"]
         == prof.trace.bytes(by="component").set_index("component").loc["experts", "bytes"]
     )
-
-
-def test_expected_experts():
-    assert expected_hits(1, 8, 2) == pytest.approx(2)
-    # two tokens with 2 of 8 each: 8 * (1 - 0.75^2) = 3.5
-    assert expected_hits(2, 8, 2) == pytest.approx(3.5)
-    assert expected_hits(10_000, 8, 2) == pytest.approx(8)
-    generator = torch.Generator().manual_seed(0)
-    drawn = [torch.rand(5, 8, generator=generator).topk(2).indices.unique().numel() for _ in range(4000)]
-    assert sum(drawn) / len(drawn) == pytest.approx(expected_hits(5, 8, 2), rel=0.02)
 
 
 def test_experts_of_a_mixture_in_decode():

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import workbench as wb
 from workbench.cost import routing
 from workbench.models.anatomy import anatomy_of, router_modules
-from workbench.testing import ids, random_model, random_qwen_moe
+from workbench.testing import SMALL, ids, random_model, random_qwen_moe
 
 
 def traced(model, length: int = 12, new_tokens: int = 4, **options) -> wb.Trace:
@@ -91,6 +92,9 @@ def test_expected_unique_experts():
     assert routing.expected_unique(2, 8, 2) == pytest.approx(8 * (1 - 0.75**2))  # 3.5
     assert routing.expected_unique(10_000, 8, 2) == pytest.approx(8)
     assert routing.expected_unique(3, 4, 4) == 4
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.rand(5, 8, generator=generator).topk(2).indices.unique().numel() for _ in range(4000)]
+    assert sum(drawn) / len(drawn) == pytest.approx(routing.expected_unique(5, 8, 2), rel=0.02)
 
 
 def test_unique_experts_and_their_bytes(trace):
@@ -102,10 +106,34 @@ def test_unique_experts_and_their_bytes(trace):
     assert (table["unique"] <= np.minimum(6, 2 * table["tokens"])).all()
 
 
-def test_layer_kinds_tell_dense_layers_and_shared_experts():
-    kinds = routing.layer_kinds(anatomy_of(random_model("deepseek_v3")))
-    assert kinds["kind"].tolist() == ["dense", "moe", "moe"]
-    assert (kinds["shared_bytes"] > 0).all() and kinds["expert_bytes"].tolist()[0] == 0
+@pytest.mark.parametrize(
+    ("family", "changes", "shared"),
+    [
+        ("deepseek_v3", {"n_shared_experts": 2}, [0, 2, 2]),  # the first layer is dense
+        ("qwen2_moe", {}, [40 / 24] * 3),  # one shared expert of 40 neurons beside experts of 24
+        ("qwen3_moe", {"mlp_only_layers": [1]}, [0, 0, 0]),
+        ("gpt_oss", {}, [0, 0, 0]),
+    ],
+)
+def test_layer_kinds_tell_dense_layers_and_shared_experts(family, changes, shared):
+    anatomy = anatomy_of(random_model(family, **changes))
+    kinds = routing.layer_kinds(anatomy)
+    dense = {"deepseek_v3": [0], "qwen3_moe": [1]}.get(family, [])
+    assert kinds.query("kind == 'dense'")["layer"].tolist() == dense
+    assert kinds["shared_experts"].tolist() == pytest.approx(shared)
+    moe = kinds["kind"] == "moe"
+    assert (kinds["expert_bytes"] > 0).equals(moe)
+    assert (kinds["shared_bytes"] > 0).equals(~moe | (kinds["shared_experts"] > 0))
+
+
+def test_a_gate_that_is_a_plain_linear_is_a_router_and_no_shared_expert():
+    sizes = {"num_experts": 6, "moe_topk": 2, "moe_intermediate_size": 24, "num_shared_expert": 1, "head_dim": 8}
+    config = AutoConfig.for_model("hunyuan_v1_moe", **SMALL, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(router_modules(model)[0]) is torch.nn.Linear
+    layer = anatomy_of(model).layers[0]
+    assert [linear.out_features for linear in layer.linears if linear.component == "router"] == [6]
+    assert routing.layer_kinds(anatomy_of(model))["shared_experts"].tolist() == pytest.approx([1] * 3)
 
 
 def test_reuse_and_co_activation(trace):
@@ -219,6 +247,30 @@ def test_dropped_tokens_are_visible():
     rows = list(choice_rows(0, [choice], [0]))
     assert [row[4] for row in rows] == [[1, -1], [2, 3]]
     assert pd.DataFrame(routing_rows([(0, [choice])]))[3].sum() == 3
+
+
+def test_a_run_that_drops_says_how_many_choices_of_which_step_and_layer():
+    """A gate of layer 1 that sends the second choice of all but a row's first token to no expert, whose number is 6."""
+    model = random_model("mixtral", experts_implementation="eager")
+
+    def drop(gate, args, output):
+        logits, weights, experts = output
+        experts[1:, 1], weights[1:, 1] = 6, 0
+        return logits, weights, experts
+
+    model.model.layers[1].mlp.gate.register_forward_hook(drop)
+    with wb.profile(model, routing="choices") as prof, torch.no_grad():
+        model(ids(5, 1))
+        model(ids(1, 1))
+    table = routing.unique_experts(prof.trace).set_index(["step", "layer"])
+    assert table["dropped"].to_dict() == {(0, 0): 0, (0, 1): 4, (0, 2): 0, (1, 0): 0, (1, 1): 0, (1, 2): 0}
+    assert table.loc[(0, 1), "unique"] <= 6
+    # layer 1 is due 2 x 5 choices at step 0 and 2 x 1 at step 1
+    assert routing.balance(prof.trace)["dropped"].tolist() == pytest.approx([0, 4 / 12, 0])
+    chosen = prof.trace.table("choices").query("layer == 1 and step == 0")["experts"].map(list).tolist()
+    assert [experts[1] for experts in chosen[1:]] == [-1] * 4
+    again = [len({now[0]} & set(before)) for before, now in itertools.pairwise(chosen)]
+    assert routing.reuse(prof.trace).set_index("layer").loc[1, "reuse"] == pytest.approx(np.mean(again))
 
 
 @pytest.mark.parametrize("favourites", [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -57,7 +58,7 @@ def test_each_writes_the_least_number_of_tokens_before_the_other_does(moe, least
     _, session = run(moe, 60, tau=tau, least=least, window=window)
     said = writers(session)
     runs = [1]
-    for before, now in zip(said, said[1:], strict=False):
+    for before, now in itertools.pairwise(said):
         runs = [*runs[:-1], runs[-1] + 1] if now == before else [*runs, 1]
     assert len(runs) > 2 and min(runs[:-1]) >= least and len(runs) == 1 + session.trace.meta["decoding"]["switches"]
 
@@ -91,7 +92,11 @@ def test_catching_up_is_in_the_trace_and_counted(moe, tiny):
     _, session = run(moe, 40, tau=-math.inf, least=10)
     counts, steps = session.trace.meta["decoding"], session.trace.table("steps")
     prompt = len(session.tokens[0]) - 40
-    assert counts["caught_up_small"] == prompt and counts["caught_up_large"] == 10 and counts["figures"]["caught_up"] == prompt + 10
+    assert (
+        counts["caught_up_small"] == prompt
+        and counts["caught_up_large"] == 10
+        and counts["figures"]["caught_up"] == prompt + 10
+    )
     assert steps.query("phase == 'catch-up'")["tokens"].tolist() == [prompt, 10]
     small = wb.Session(tiny)
     small.prefill(session.tokens[0][:prompt])

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from workbench.cost.flops import attention_flops
+from workbench.cost.routing import expected_unique
 from workbench.errors import UserError
 from workbench.trace.anatomy import Anatomy
 from workbench.trace.pairs import causal_pairs
@@ -81,7 +82,7 @@ class Plan:
         parts = []
         for layer in self.anatomy.layers:
             if layer.experts is not None:
-                hit = expected_hits(steps["tokens"], layer.experts.num_experts, layer.experts.top_k)
+                hit = expected_unique(steps["tokens"], layer.experts.num_experts, layer.experts.top_k)
                 sent = steps["tokens"] * layer.experts.top_k
                 parts.append(pd.DataFrame({"step": steps["step"], "layer": layer.index, "tokens": sent, "hit": hit}))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["step", "layer", "tokens", "hit"])
@@ -116,11 +117,6 @@ class Plan:
             for name, values in of_layer.items():
                 columns[name].append(values)
         return {name: np.concatenate(values) for name, values in columns.items()}
-
-
-def expected_hits(tokens: Any, num_experts: int, top_k: int) -> Any:
-    """How many of `num_experts` are hit on average when each token chooses `top_k` of them independently of the others."""
-    return num_experts * (1 - (1 - top_k / num_experts) ** tokens)
 
 
 def table_of(name: str, columns: Mapping[str, Any]) -> pa.Table:

@@ -10,48 +10,66 @@ import itertools
 import unicodedata
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from workbench.cost.ffn import read_bytes, weights_bytes
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
-    from workbench.trace.anatomy import Anatomy
+    from workbench.trace.anatomy import Anatomy, Layer, Linear
     from workbench.trace.trace import Trace
 
 POLICIES = ("lru", "lfu", "belady")
 
 
-def expected_unique(tokens: int | np.ndarray, num_experts: int, top_k: int) -> float | np.ndarray:
-    """Experts hit by t tokens that choose independently and uniformly: `E (1 - (1 - K/E)^t)` (MoESD, arXiv 2505.19645)."""
+def expected_unique(tokens: Any, num_experts: Any, top_k: Any) -> Any:
+    """Experts hit by t tokens that choose independently and uniformly: `E (1 - (1 - K/E)^t)` (MoESD, arXiv 2505.19645).
+
+    Numbers or arrays. Real routers are correlated and hit fewer.
+    """
     return num_experts * (1 - (1 - top_k / num_experts) ** tokens)
 
 
 def layer_kinds(anatomy: Anatomy) -> pd.DataFrame:
-    """One row a layer: `dense` or `moe`, its experts, how many a token is given, bytes of one and of what all tokens share."""
+    """One row a layer: `dense` or `moe`, its experts, how many a token is given, bytes of one and of what all tokens share.
+
+    `shared_experts` is the size of what every token of a MoE layer goes through beside its experts, in experts: 0 where there
+    is none. `shared_bytes` is its bytes, in a dense layer those of the MLP.
+    """
     rows = []
     for layer in anatomy.layers:
-        experts, size = layer.experts, anatomy.element_bytes
-        shared = sum(linear.in_features * linear.out_features for linear in layer.linears if linear.component == "mlp")
+        experts = layer.experts
+        shared = anatomy.element_bytes * sum(map(_elements, mlp_linears(layer)))
+        an_expert = 0 if experts is None else expert_bytes(anatomy, layer.index)
         rows.append(
             {
                 "layer": layer.index,
                 "kind": "dense" if experts is None else "moe",
                 "experts": 0 if experts is None else experts.num_experts,
                 "top_k": 0 if experts is None else experts.top_k,
-                "expert_bytes": 0 if experts is None else expert_bytes(anatomy, layer.index),
-                "shared_bytes": size * shared,
+                "shared_experts": 0.0 if experts is None else shared / an_expert,
+                "expert_bytes": an_expert,
+                "shared_bytes": shared,
             }
         )
     return pd.DataFrame(rows)
 
 
+def mlp_linears(layer: Layer) -> list[Linear]:
+    """The matrices of a layer's MLP, which in a MoE layer are those of its shared experts, without the gate before them."""
+    return [linear for linear in layer.linears if linear.component == "mlp" and linear.out_features > 1]
+
+
+def _elements(linear: Linear) -> int:
+    return linear.in_features * linear.out_features
+
+
 def expert_bytes(anatomy: Anatomy, layer: int) -> int:
     """Bytes of one routed expert's weight matrices."""
-    linears = anatomy.layers[layer].experts.linears
-    return anatomy.element_bytes * sum(linear.in_features * linear.out_features for linear in linears)
+    return weights_bytes(anatomy.layers[layer].experts.linears, anatomy.element_bytes)
 
 
 def load(trace: Trace) -> pd.DataFrame:
@@ -68,16 +86,22 @@ def balance(trace: Trace) -> pd.DataFrame:
     """One row a layer: how evenly its tokens are spread over its experts.
 
     `cv`: standard deviation over mean, 0 if even. `max_over_mean`: 1 if even. `entropy`: that of the shares in units of
-    `log E`, 1 if even. `gini`: 0 if even, (E - 1) / E if one expert has all.
+    `log E`, 1 if even. `gini`: 0 if even, (E - 1) / E if one expert has all. `dropped`: the share of the choices due that
+    went to no expert (`unique_experts`), which the others leave out.
     """
+    steps = unique_experts(trace)
+    due = steps["tokens"] * steps["layer"].map(layer_kinds(trace.anatomy).set_index("layer")["top_k"])
+    dropped = steps["dropped"].groupby(steps["layer"]).sum() / due.groupby(steps["layer"]).sum()
     rows = []
     for layer, of_layer in load(trace).groupby("layer"):
         tokens = of_layer["tokens"].to_numpy(float)
-        rows.append({"layer": layer, **_balance(tokens)})
+        rows.append({"layer": layer, **_balance(tokens), "dropped": dropped[layer]})
     return pd.DataFrame(rows)
 
 
 def _balance(tokens: np.ndarray) -> dict[str, float]:
+    if not tokens.any():
+        return dict.fromkeys(("cv", "max_over_mean", "entropy", "gini"), float("nan"))
     mean, count = tokens.mean(), len(tokens)
     shares = tokens / tokens.sum()
     seen = shares[shares > 0]
@@ -90,17 +114,30 @@ def _balance(tokens: np.ndarray) -> dict[str, float]:
 def unique_experts(trace: Trace) -> pd.DataFrame:
     """One row a step and layer: tokens in flight, experts hit, those expected of independent uniform choices, and bytes read.
 
-    `read_bytes` are the weights of the experts hit, each once.
+    `given` counts the tokens of all experts, one that has two of them twice. `read_bytes` are the weights of the experts hit,
+    each once, as a routing method says it read them where one rules. `dropped` counts the choices a token is due (its top-k)
+    that went to no expert: a router or a method left them out, or gave them to what computes nothing.
     """
     routing = _routing(trace)
-    steps = trace.table("steps")[["step", "phase", "tokens"]]
-    hit = routing[routing["tokens"] > 0].groupby(["step", "layer"], as_index=False)["expert"].count()
-    table = hit.rename(columns={"expert": "unique"}).merge(steps, on="step")
+    routing = routing.assign(unique=routing["tokens"] > 0)
+    table = routing.groupby(["step", "layer"], as_index=False).agg(unique=("unique", "sum"), given=("tokens", "sum"))
+    table = table.merge(trace.table("steps")[["step", "phase", "tokens"]], on="step")
+    entered = table[["step", "layer"]].merge(_entered(trace), how="left")["entered"]
+    table["tokens"] = entered.fillna(table["tokens"]).astype(int)
     kinds = layer_kinds(trace.anatomy).set_index("layer")
     experts, top_k = (table["layer"].map(kinds[name]) for name in ("experts", "top_k"))
     table["expected"] = expected_unique(table["tokens"], experts, top_k)
-    table["read_bytes"] = table["unique"] * table["layer"].map(kinds["expert_bytes"])
-    return table[["step", "phase", "layer", "tokens", "unique", "expected", "read_bytes"]]
+    table["dropped"] = (table["tokens"] * top_k - table["given"]).clip(lower=0)  # a method may give a token more than its own
+    read = read_bytes(trace).query("component == 'experts'")[["step", "layer", "read_bytes"]]
+    table = table.merge(read, on=["step", "layer"], how="left").fillna({"read_bytes": 0}).astype({"read_bytes": "int64"})
+    return table[["step", "phase", "layer", "tokens", "given", "unique", "expected", "dropped", "read_bytes"]]
+
+
+def _entered(trace: Trace) -> pd.DataFrame:
+    """Tokens that entered each layer at each step: fewer behind a layer that thins, more where it runs twice."""
+    calls = trace.table("attention")
+    calls["entered"] = calls["batch"] * calls["q_len"]
+    return calls.groupby(["step", "layer"], as_index=False)["entered"].sum()
 
 
 def reuse(trace: Trace) -> pd.DataFrame:
@@ -111,9 +148,8 @@ def reuse(trace: Trace) -> pd.DataFrame:
     rows = []
     kinds = layer_kinds(trace.anatomy).set_index("layer")
     for layer, texts in _by_layer(trace):
-        again = [
-            len(set(now) & set(before)) / max(1, len(now)) for experts in texts for before, now in itertools.pairwise(experts)
-        ]
+        neighbours = [pair for experts in texts for pair in itertools.pairwise(experts)]
+        again = [len(now & before) / max(1, len(now)) for before, now in neighbours]
         chance = kinds.loc[layer, "top_k"] / kinds.loc[layer, "experts"]
         rows.append({"layer": layer, "reuse": float(np.mean(again)) if again else float("nan"), "by_chance": chance})
     return pd.DataFrame(rows)
@@ -173,7 +209,7 @@ def specialisation(trace: Trace, classify: Callable[[str], str] = token_class) -
     care, 1 where the expert gives the class away. Raises UserError without the table `choices`.
     """
     tokens = trace.table("tokens")
-    tokens["class"] = [classify(text or "") for text in tokens["text"]]
+    tokens["class"] = [classify(text if isinstance(text, str) else "") for text in tokens["text"]]
     known = _choices(trace).merge(tokens[["step", "row", "position", "class"]], on=["step", "row", "position"])
     pairs = known[["layer", "class", "experts"]].explode("experts").query("experts >= 0")
     rows = []
@@ -265,7 +301,9 @@ _CACHES = {"lru": _lru, "lfu": _lfu, "belady": _belady}
 def _routing(trace: Trace) -> pd.DataFrame:
     routing = trace.table("routing")
     if routing.empty:
-        raise UserError("No expert was called in this trace: the model has none, or only other parts of it ran.")
+        raise UserError(
+            "No expert was called in this trace: the model has none, none could be seen (see its notes), or other parts ran."
+        )
     return routing
 
 
@@ -280,8 +318,8 @@ def _expert_layers(anatomy: Anatomy) -> str:
     return ", ".join(str(layer.index) for layer in anatomy.layers if layer.experts is not None) or "none"
 
 
-def _by_layer(trace: Trace) -> Iterator[tuple[int, list[list[list[int]]]]]:
-    """For each layer the experts of each token in order, by row of the batch."""
+def _by_layer(trace: Trace) -> Iterator[tuple[int, list[list[set[int]]]]]:
+    """For each layer the experts of each token in order, by row of the batch; choices that were dropped are no expert's."""
     choices = _choices(trace).sort_values(["step", "position"])
     for layer, of_layer in choices.groupby("layer"):
-        yield layer, [of_row["experts"].tolist() for _, of_row in of_layer.groupby("row")]
+        yield layer, [[set(chosen) - {-1} for chosen in of_row["experts"]] for _, of_row in of_layer.groupby("row")]

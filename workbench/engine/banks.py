@@ -44,6 +44,7 @@ class _Made:
 _made: weakref.WeakKeyDictionary[nn.Module, list[_Made]] = weakref.WeakKeyDictionary()
 
 
+@torch.no_grad()
 def banks_of(maker: Maker, lm: LM) -> Mapping[int, Bank]:
     """A method's banks for a model, by layer. They must not hold on to the model, only to its parts."""
     weights = (fingerprint(lm), lm.device)

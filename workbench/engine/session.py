@@ -345,7 +345,8 @@ class Session:
     def _derived(self) -> dict[str, Any]:
         """What a trace's meta says once the run is over."""
         traffic = eager_traffic(self.lm.model, self._regimes)
-        return {"eager_traffic": traffic, "importance_pooling": self._importance.meta()}
+        notes = self._routing.notes()
+        return {"eager_traffic": traffic, "importance_pooling": self._importance.meta(), **({"notes": notes} if notes else {})}
 
     @torch.no_grad()
     def _forward(self, rows: list[list[int]], phase: str) -> torch.Tensor:

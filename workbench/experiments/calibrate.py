@@ -81,7 +81,9 @@ def _found(
     texts = _documents(lm, method.calibrated_on) if documents is None else tuple(documents)
     if not texts:
         raise UserError("There is no text to calibrate with; give at least one document, or leave documents out.")
-    layers = tuple(_layers(lm, method))
+    if isinstance(method, RoutingMethod):
+        method.check(lm.anatomy)
+    layers = tuple(_acting(lm)) if method.slot == "cache" else ()
     with torch.no_grad():
         tables = method.calibrate(_Samples(lm, method, texts, on_progress))
     about = {
@@ -92,15 +94,6 @@ def _found(
     }
     tables = {name: table.detach().cpu() for name, table in tables.items()}
     return Calibration(method.name, method.calibration_knobs(), model, layers, about, tables)
-
-
-def _layers(lm: LM, method: Method) -> list[int]:
-    """The layers a method's tables may have a row for. Raises UserError if there is none."""
-    if not isinstance(method, RoutingMethod):
-        return _acting(lm)
-    method.check(lm.anatomy)
-    with_experts = [layer.index for layer in lm.anatomy.layers if layer.experts is not None]
-    return with_experts or list(range(lm.anatomy.num_layers))
 
 
 def calibrations(lm: LM) -> dict[str, Calibration | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -71,7 +70,7 @@ class Method:
 
     def with_calibration(self, calibration: Calibration) -> Self:
         """A copy that knows its calibration. Sessions, comparisons and replays make it themselves."""
-        known = copy.copy(self)
+        known = dataclasses.replace(self)  # no copy, which would hold on to what followed from another calibration
         object.__setattr__(known, "calibration", calibration)
         return known
 

@@ -109,17 +109,22 @@ def mlp_linears(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 def router_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The module whose weight `[E, hidden]` scores the experts, by layer index; layers where none is found are left out."""
-    found = {}
-    blocks = decoder_layers(model)
-    for index, experts in expert_modules(model).items():
-        by_component: dict[str, nn.Module] = {}
-        for module, component, _ in _products(blocks[index]):
-            if module.weight.ndim == 2 and module.weight.shape[0] == experts.down_proj.shape[0]:
-                by_component.setdefault(component, module)
-        # A gate that is a Linear counts as part of the mlp. Attention may have as many features as there are experts.
-        router = by_component.get("router", by_component.get("mlp"))
-        if router is not None:
-            found[index] = router
+    found = {index: _find_router(block) for index, block in enumerate(decoder_layers(model))}
+    return {index: router for index, router in found.items() if router is not None}
+
+
+def unseen_experts(model: nn.Module) -> dict[str, list[int]]:
+    """What holds experts whose routing cannot be seen: the class, and the layers it is in.
+
+    Either they are not told which are chosen, or they are a second set beside the one that `expert_modules` finds.
+    """
+    found: dict[str, list[int]] = {}
+    for index, block in enumerate(decoder_layers(model)):
+        seen = _find_experts(block)
+        asked = _holds_experts if seen is None else lambda module: _is_told_its_experts(module) and _holds_experts(module)
+        unseen = next((module for module in block.modules() if module is not seen and asked(module)), None)
+        if unseen is not None:
+            found.setdefault(type(unseen).__name__, []).append(index)
     return found
 
 
@@ -180,6 +185,37 @@ def _find_experts(block: nn.Module) -> nn.Module | None:
     return None
 
 
+def _find_router(block: nn.Module) -> nn.Module | None:
+    """What scores the experts: a gate with a weight of its own or, failing that, a Linear with a row for each expert.
+
+    Attention, and a wide MLP, may have as many features as there are experts: a gate goes before what has another name.
+    """
+    experts = _find_experts(block)
+    if experts is None:
+        return None
+    attention_module = _find_attention(block)
+    elsewhere = set(attention_module.modules()) | set(experts.modules())
+    candidates = [
+        (not _is_router(module), not _is_gate(name), place, module)
+        for place, (name, module) in enumerate(block.named_modules())
+        if module not in elsewhere and (_is_router(module) or _is_linear(module))
+    ]
+    rows = experts.down_proj.shape[0]
+    return next((module for *_, module in sorted(candidates, key=lambda each: each[:3]) if len(module.weight) == rows), None)
+
+
+def _is_gate(name: str) -> bool:
+    """Whether a module is named as what chooses among experts, which the gate of a gated MLP (`gate_proj`) is not."""
+    return any(part == "gate" or "router" in part for part in name.split("."))
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module is a set of experts, by a stack of weight matrices of its own or by the name of its class."""
+    stacked = any(parameter.ndim == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False))
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return (stacked and not convolution) or type(module).__name__.endswith(("MoE", "Moe"))
+
+
 def _mlp_products(block: nn.Module) -> list[nn.Module]:
     return [module for module, component, _ in _products(block) if component == "mlp"]
 
@@ -216,10 +252,12 @@ def _read_layer(index: int, block: nn.Module, config: Any) -> Layer:
 
 def _products(block: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
     """Every dense matrix product of a layer: the module, its component, and whether it is computed for every key read."""
-    attention_module = _find_attention(block)
+    attention_module, router = _find_attention(block), _find_router(block)
     inside_attention = {id(module) for module in attention_module.modules()}
     for name, module in block.named_modules():
-        if _is_linear(module):
+        if module is router:
+            yield module, "router", False
+        elif _is_linear(module):
             component = _attention_component(name) if id(module) in inside_attention else "mlp"
             yield module, component, name.endswith(".kv_b_proj") and _expands_latents(attention_module)
         elif _is_router(module):

@@ -35,7 +35,7 @@ def quality_by_bytes(found: pd.DataFrame, y: str = "kl_to_dense", title: str = "
                 y=rows[y],
                 mode="lines+markers",
                 name=plain(method),
-                legendgroup=str(method),
+                legendgroup=plain(method),
                 showlegend=column == 1,
                 line={"dash": "dot", "width": 1, "color": colours[rows["setup"].iloc[0]]},
                 marker={"size": 10, "symbol": method_symbol(str(method))},

@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from workbench.errors import UserError
-from workbench.models.anatomy import expert_modules, router_modules
+from workbench.models.anatomy import expert_modules, router_modules, unseen_experts
+from workbench.probes.unobserved import unobserved
 
 MODES = ("load", "choices", "logits")
 """What is recorded of routing: tokens by expert alone, every token's choices too, or the router's logits as well."""
@@ -75,8 +77,11 @@ class RoutingProbe:
         self._routers = router_modules(model) if mode == "logits" else {}
         self._handles: list[RemovableHandle] = []
         self._here = _Seen()
-        self.missed = 0
+        self._unseen = unseen_experts(model)
+        self._missed = 0
         """Calls of experts whose choice was not among their arguments."""
+        self._unscored: set[int] = set()
+        """Layers whose router was not called before its experts, or was not found."""
 
     def attach(self) -> None:
         """Starts to observe."""
@@ -97,39 +102,61 @@ class RoutingProbe:
         seen, self._here.choices = self._here.choices, []
         return seen
 
+    def notes(self) -> list[str]:
+        """Sentences on what could not be seen."""
+        notes = [
+            f"{name} of layers {', '.join(map(str, layers))} is not told which of its experts are chosen, or is a second set "
+            "of them; its routing is not in this trace."
+            for name, layers in self._unseen.items()
+        ]
+        if self._missed:
+            notes.append(f"{self._missed} calls of experts did not show which were chosen; they are not in this trace.")
+        if self._unscored:
+            layers = ", ".join(map(str, sorted(self._unscored)))
+            notes.append(
+                f"The logits of the routers of layers {layers} could not be seen; they are null in the table of choices."
+            )
+        return notes
+
     def _observer(self, layer: int) -> Callable[[nn.Module, tuple, dict], None]:
-        num_experts = self._modules[layer].down_proj.shape[0]
+        num_experts, here, positions_of = self._modules[layer].down_proj.shape[0], self._here, self._positions
+        scored = self.mode == "logits"
 
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
             choice = chosen_experts(args, kwargs)
             if choice is None:
-                self.missed += 1
-            else:
-                logits = self._here.logits.pop(layer, None)
-                experts, weights = choice
-                positions = self._positions(experts[..., 0].numel()) if self._positions is not None else None
-                self._here.choices.append(Choice(layer, num_experts, experts, weights, logits, positions))
+                self._missed += 1
+                return
+            logits = here.logits.pop(layer, None) if scored else None
+            if scored and logits is None:
+                self._unscored.add(layer)
+            positions = None if positions_of is None else positions_of(prod(choice[0].shape[:-1]))
+            here.choices.append(Choice(layer, num_experts, *choice, logits, positions))
 
         return observe
 
     def _router_observer(self, layer: int) -> Callable[[nn.Module, tuple, dict], None]:
+        here = self._here
+
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._here.logits[layer] = router_logits(module, args, kwargs)
+            with unobserved():  # our own product is no part of a layer that is being checked
+                here.logits[layer] = router_logits(module, args, kwargs)
 
         return observe
 
 
-@torch.no_grad()
 def router_logits(router: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     """A router's scores of all experts `[tokens, E]` in float32, from what it is called with: what routers return differs."""
     hidden = args[0] if args else next(iter(kwargs.values()))
-    bias = getattr(router, "bias", None)
-    flat = hidden.reshape(-1, hidden.shape[-1]).float()
-    return F.linear(flat, router.weight.float(), None if bias is None else bias.float())
+    weight, bias = router.weight, router._parameters.get("bias")  # to ask a module for what it has not got takes longer
+    scores = F.linear(hidden.detach().float(), weight.detach().float(), None if bias is None else bias.detach().float())
+    return scores.reshape(-1, len(weight))
 
 
 def chosen_experts(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The chosen experts and their weights `[tokens, k]`, among the arguments of an experts module; None if not there."""
+    if len(args) == 3 and args[1].shape == args[2].shape and not args[1].is_floating_point():  # what nearly all are given
+        return args[1], args[2].detach()
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     index = next((tensor for tensor in tensors if not tensor.is_floating_point()), None)
     if index is None or len(tensors) < 2:

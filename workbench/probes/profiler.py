@@ -362,8 +362,8 @@ class Profile:
                 f"{self._outside} attention calls ran outside any forward call (a layer called by hand, or a backward pass "
                 "that computes them again); they are not in this trace."
             )
-        if self._routing.missed:
-            self._note(f"{self._routing.missed} calls of experts did not show which were chosen; they are not in this trace.")
+        for sentence in self._routing.notes():
+            self._note(sentence)
         if next(self._numbers) == 0 and not self._notes:
             self._note("No forward call was seen: the model was not called in the block, or a compiled copy of it was.")
 
