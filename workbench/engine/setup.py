@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from workbench.engine.calibration import ready
+from workbench.engine.decoding import DecodingPolicy
 from workbench.engine.policy import CachePolicy
 from workbench.engine.replacing import RoutingPolicy
 from workbench.errors import UserError
@@ -64,6 +65,16 @@ class Setup:
     def routing(self) -> RoutingPolicy | None:
         """The method in the routing slot."""
         return self.methods.get("routing")
+
+    @property
+    def decoding(self) -> DecodingPolicy | None:
+        """The method in the decoding slot."""
+        return self.methods.get("decoding")
+
+    @property
+    def replacing(self) -> list[RoutingPolicy | DecodingPolicy]:
+        """The methods that replace forwards of modules."""
+        return [policy for policy in (self.routing, self.decoding) if policy is not None]
 
     @cached_property
     def label(self) -> str:
