@@ -144,6 +144,8 @@ class EngineLayer(CacheLayerMixin):
             mass, window = attention_mass(self.call.importance, query, source.keys, scaling, asking=asking, **options)
             spread = by_position(mass, source.positions, max(self.call.seen))
             self.call.masses.append((self.index, spread, window))
+        if self.call.received is not None:
+            self._receive(query, source, scaling, {"asking": asking, **options})
         if self.attention.window is not None:
             self.store.keep_last(self.attention.window - 1)
         self._record("append", query.shape[0] * query.shape[2])
@@ -263,6 +265,16 @@ class EngineLayer(CacheLayerMixin):
         self.store.put_side(MASS, mass)
         flops = column_mass_flops(batch, num_q_heads, num_queries, self.store.length, head_dim)
         self._record("score", 0, flops, keys.nbytes + query.nbytes + 2 * mass.nbytes)
+
+    def _receive(
+        self, query: torch.Tensor, source: RectangularStore | RaggedStore | Source, scaling: float, options: dict
+    ) -> None:
+        """Says what each position received of a call's attention, for a routing method."""
+        mass = column_mass(query, source.keys, scaling, **options)
+        self.call.received[self.index] = by_position(mass, source.positions, max(self.call.seen)).sum(1)
+        batch, num_q_heads, num_queries, head_dim = query.shape
+        flops = column_mass_flops(batch, num_q_heads, num_queries, source.keys.shape[2], head_dim)
+        self.call.work(self.index, "method", changed=0, flops=flops, bytes=query.nbytes + source.keys.nbytes + mass.nbytes)
 
     def rule(self, query: torch.Tensor, scaling: float) -> None:
         """Lets the policy observe a call by its queries `[B, Hq, Q, D]`, and decide if it is its turn."""

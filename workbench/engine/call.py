@@ -96,6 +96,8 @@ class Call:
     importance: str = "off"
     masses: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
     """Layer, attention mass by position `[B, Hq, seen]` and observed queries, until the session writes them."""
+    received: dict[int, torch.Tensor] | None = None
+    """Attention mass by position `[B, seen]`, over heads, of layers that attend while a routing method wants to see it."""
     choices: dict[int, Choice] = field(default_factory=dict)
     """What a routing method gave the tokens of a layer in this call, in place of what the model chose."""
     works: list[Work] = field(default_factory=list)

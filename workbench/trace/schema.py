@@ -93,6 +93,18 @@ TABLES: dict[str, pa.Schema] = {
             ("weight_bytes", _INT),
         ]
     ),
+    # One bit plane of an expert that a step had to read, under a routing method with nested bits. `bits` = the width that it
+    # completes, `tokens` = those given this width or more, `plane_bytes` = its codes and scales.
+    "planes": pa.schema(
+        [
+            ("step", _INT),
+            ("layer", _INT),
+            ("expert", _INT),
+            ("bits", _INT),
+            ("tokens", _INT),
+            ("plane_bytes", _INT),
+        ]
+    ),
     # Calls of a module the anatomy cannot place, counted by torch's dispatch-mode counter.
     "unattributed": pa.schema([("step", _INT), ("module", _TEXT), ("flops", _INT)]),
     # Attention mass by key position of one query head; `window` = queries whose attention was summed, `step` the last of

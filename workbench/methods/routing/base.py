@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -73,9 +74,21 @@ class ExpertMethod(RoutingMethod):
         """What stands in the place of the experts of which layers. Made once a model: ask `banks_of(method, lm)` for them."""
         return {}
 
+    def decision_cost(self, state: RouteState) -> tuple[int, int]:
+        """FLOPs of matrix products, and bytes moved, that `route` itself adds in a layer: by default none."""
+        return 0, 0
+
     def forwards(self, lm: LM, call: Call) -> Mapping[nn.Module, Forward]:
         """Forwards of routers and experts."""
-        return expert_forwards(lm, call, self.route, banks_of(self, lm))
+        return expert_forwards(lm, call, partial(self._route, call), banks_of(self, lm))
+
+    def _route(self, call: Call, state: RouteState) -> Routed | None:
+        """What `route` says, its cost written down."""
+        routed = self.route(state)
+        flops, moved = self.decision_cost(state) if routed is not None else (0, 0)
+        if flops or moved:
+            call.work(state.layer, "method", changed=0, flops=flops, bytes=moved)
+        return routed
 
     def resident_bytes(self, lm: LM) -> int:
         """Bytes of all experts and of FFNs beside them: the model's own, where no bank stands in their place."""
