@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import workbench as wb
+from workbench.models import card
 from workbench.models.anatomy import anatomy_of
 from workbench.models.load import BUILTIN, builtin_names
 from workbench.models.rows import Rows
@@ -32,8 +33,8 @@ def test_builtin_model_recalls(name):
 def test_builtin_model_reads_prose_better_than_a_unigram_model(name):
     lm = wb.load(name)
     row = wb.compare(lm, wb.workloads.text(context=256, samples=8, seed=3), []).rows[0]
-    card = (BUILTIN / name / "MODEL_CARD.md").read_text()
-    unigram_nats = float(card.partition("a unigram model of the training text:")[2].split()[0].rstrip("."))
+    text = (BUILTIN / name / "MODEL_CARD.md").read_text()
+    unigram_nats = float(text.partition("a unigram model of the training text:")[2].split()[0].rstrip("."))
     assert row.nll < 0.75 * unigram_nats
 
 
@@ -54,6 +55,21 @@ def test_builtin_models_share_a_tokenizer():
 
 def test_recall_words_are_single_tokens(tiny):
     assert all(len(tiny.tokenizer(f" {word}", add_special_tokens=False).input_ids) == 1 for word in recall.WORDS)
+
+
+def test_the_card_says_what_the_training_of_each_block_reached():
+    folder = BUILTIN / "tiny-dense"
+    text, trained = (folder / "MODEL_CARD.md").read_text(), card.blocks(folder)
+    assert [facts["method"] for facts in trained] == ["engram", "mixture-of-recursions", "versatile-ffn"]
+    for facts in trained:
+        path = folder / "calibrations" / f"{facts['method']}-steps={facts['knobs']['steps']}.safetensors"
+        assert path.stat().st_size < 3e6
+        reached = facts["about"]["reached"]
+        assert f"Next-token loss on held-out documentation: {reached['before']['held_out_nats']} nats" in text
+        for way, found in reached["after"].items():
+            figures = [facts["knobs"]["steps"], reached["seconds"], *found["recall_by_length"].values(), found["held_out_nats"]]
+            assert " | ".join(map(str, [way, *figures])) in text
+    assert card.blocks(BUILTIN / "tiny-moe") == [] and "## Blocks" not in (BUILTIN / "tiny-moe" / "MODEL_CARD.md").read_text()
 
 
 @pytest.mark.parametrize("name", FLOORS)

@@ -174,9 +174,14 @@ def find(model: str, method: Calibrated) -> Calibration | None:
 
 
 def ready(method: Any, lm: LM) -> Any:
-    """The method itself, or where it needs a calibration a copy that knows it. Raises UserError if there is none."""
+    """The method itself, or where it needs a calibration a copy that knows it. Raises UserError if there is none.
+
+    A method that says what models it serves is asked first: for others it cannot be calibrated.
+    """
     if not getattr(method, "needs_calibration", False):
         return method
+    if hasattr(method, "check"):
+        method.check(lm.anatomy)
     return ready_for(method, fingerprint(lm), lm.name)
 
 

@@ -114,7 +114,7 @@ class Call:
         """From the next layer on, only the tokens of `passing` `[B, L]` are there, of the L that have come so far."""
         counts, before = passing.sum(-1), self.positions
         length, there = int(counts.max()), passing.shape[1]
-        if length == there:
+        if length == there and bool((passing | (before < 0)).all()):
             return
         index = last = passing.to(torch.int8).argsort(dim=-1, stable=True)[:, there - length :]
         absent = torch.where(passing, -1, before)
@@ -177,8 +177,11 @@ class Call:
             row = (batch, num_queries, selected.shape[2], num_slots, pairs, kernel, "selected")
             return self.writer.add("attention", self.step, layer, *row)
         if self.has_padding:
-            there = self.seen if self.thinned is None else self.thinned.counts
-            pairs = sum(causal_pairs(min(num_queries, seen), seen, window) for seen in there)
+            past = num_slots - num_queries
+            there = [(min(num_queries, seen), seen) for seen in self.seen]
+            if self.thinned is not None:
+                there = [(count, past + count) for count in self.thinned.counts]
+            pairs = sum(causal_pairs(*each, window) for each in there)
         else:
             pairs = batch * causal_pairs(num_queries, num_slots, window)
         read = num_slots if window is None else min(num_slots, window - 1 + num_queries)

@@ -48,7 +48,12 @@ class Setup:
         return cls(*given) if isinstance(given, Iterable) and not isinstance(given, str) else cls(given)
 
     def ready(self, lm: LM) -> Setup:
-        """The same setup, whose methods know their calibrations for a model. Raises UserError if one is missing."""
+        """The same setup, whose methods know their calibrations for a model.
+
+        Raises UserError if one is missing, or for a model the routing method cannot serve, which no calibration would help.
+        """
+        if self.routing is not None:
+            self.routing.check(lm.anatomy)
         return Setup(*(ready(method, lm) for method in self.methods.values()))
 
     @property

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,10 @@ from workbench.engine.calibration import Calibration, Document, Needle, Sample, 
 from workbench.engine.policy import ROTATION, LayerState
 from workbench.engine.session import Session
 from workbench.errors import UserError
+from workbench.experiments import blocks
 from workbench.methods.base import METHODS, Method, parse_method
 from workbench.methods.routing.base import RoutingMethod
+from workbench.methods.routing.trained import TrainedBlock
 from workbench.models.anatomy import output_projections
 from workbench.models.fingerprint import fingerprint
 from workbench.models.load import LM, builtin_names, load
@@ -48,7 +52,8 @@ def calibrate(
         lm: the model.
         method: a method that needs it, or its text form such as `compress-kv`; knobs the calibration depends on count.
         documents: texts to learn from; by default eight documents of 512 tokens (fewer if the model has no room), in which
-            facts are hidden in prose and recalled at the end; half of them plain prose for a method that says so.
+            facts are hidden in prose and recalled at the end; half of them plain prose for a method that says so,
+            and hundreds of both for a block that is trained.
         on_progress: called with a label, and texts (of a training, steps) done and in all.
 
     Raises:
@@ -78,12 +83,13 @@ def ship(name: str) -> list[Path]:
 def _found(
     lm: LM, method: Method, model: str, documents: Sequence[Document] | None, on_progress: Progress | None
 ) -> Calibration:
-    texts = _documents(lm, method.calibrated_on) if documents is None else tuple(documents)
+    texts = _documents(lm, method) if documents is None else tuple(documents)
     if not texts:
         raise UserError("There is no text to calibrate with; give at least one document, or leave documents out.")
     if isinstance(method, RoutingMethod):
         method.check(lm.anatomy)
     layers = tuple(_acting(lm)) if method.slot == "cache" else ()
+    started = time.monotonic()
     with torch.no_grad():
         tables = method.calibrate(_Samples(lm, method, texts, on_progress))
     about = {
@@ -93,7 +99,13 @@ def _found(
         "tokens": sum(len(text.tokens) for text in texts),
     }
     tables = {name: table.detach().cpu() for name, table in tables.items()}
-    return Calibration(method.name, method.calibration_knobs(), model, layers, about, tables)
+    found = Calibration(method.name, method.calibration_knobs(), model, layers, about, tables)
+    if documents is not None or not isinstance(method, TrainedBlock):
+        return found
+    seconds = round(time.monotonic() - started, 1)
+    held_out = blocks.rows_of(lm, held_out=True)
+    reached = {"seconds": seconds, **blocks.reached(lm, method.with_calibration(found), held_out)}
+    return dataclasses.replace(found, about={**about, "reached": reached})
 
 
 def calibrations(lm: LM) -> dict[str, Calibration | None]:
@@ -124,8 +136,11 @@ def _title(method: Method) -> str:
     return f"{method.name}:{','.join(knobs)}" if knobs else method.name
 
 
-def _documents(lm: LM, kind: str) -> tuple[Document, ...]:
-    if kind == "recall":
+def _documents(lm: LM, method: Method) -> tuple[Document, ...]:
+    """What a method learns from if nothing was given; for a block that is trained hundreds of them."""
+    if isinstance(method, TrainedBlock):
+        return blocks.documents(blocks.rows_of(lm), method.steps)
+    if method.calibrated_on == "recall":
         return recall_documents(lm, TEXTS)
     return (*recall_documents(lm, TEXTS // 2), *prose_documents(lm, TEXTS // 2))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from workbench.models.rows import Rows
@@ -16,7 +18,7 @@ from workbench.texts import recall
 LENGTHS = (128, 256, 512, 768, 1024, 2048)
 NUM_FACTS = 4
 _SAMPLES = 64
-_SEED = 1_000_003
+SEED = 1_000_003
 
 
 def write_card(directory: Path) -> Path:
@@ -25,12 +27,23 @@ def write_card(directory: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     recipe = json.loads((directory / "training_log.json").read_text())
     path = directory / "MODEL_CARD.md"
-    path.write_text(card(model, recipe, evaluate(model, tokenizer)))
+    path.write_text(card(model, recipe, evaluate(model, tokenizer), blocks(directory)))
     return path
 
 
-def card(model, recipe: dict, measured: dict) -> str:
-    """The card's text."""
+def blocks(directory: Path) -> list[dict]:
+    """What the files of the blocks trained for the model in a directory say about their training, in the order of names."""
+    found = []
+    for path in sorted((directory / "calibrations").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["calibration"])
+        if "reached" in facts["about"]:
+            found.append(facts)
+    return found
+
+
+def card(model, recipe: dict, measured: dict, trained: Sequence[dict] = ()) -> str:
+    """The card's text. `trained` is what `blocks` finds."""
     log = recipe["log"]
     shown = [line for number, line in enumerate(log) if number % max(1, len(log) // 14) == 0 or number == len(log) - 1]
     tasks = [task for task in ("copy", "recall", "text") if any(f"{task}_loss" in line for line in log)]
@@ -83,13 +96,41 @@ asked for at its end, {_SAMPLES * NUM_FACTS} answers a length (`python -m workbe
 
 Next-token loss on held-out documentation: {measured["held_out_nats"]} nats a token; a unigram model of the training text:
 {measured["unigram_nats"]}.
-
+{_blocks(recipe["model"], trained)}
 ## Limits
 
 It knows nothing of the world and writes documentation-like text at best. It was trained on contexts of up to
 {max(recipe["curriculum"][-1]["lengths"])} tokens; beyond them recall falls to nothing, though the model runs up to
 {config.max_position_embeddings}. Facts are recalled in the wording it was trained on. Use it to see what methods do to a cache,
 not to judge a method for a real model.
+"""
+
+
+def _blocks(name: str, trained: Sequence[dict]) -> str:
+    """The section about blocks, or nothing if none was trained."""
+    if not trained:
+        return ""
+    rows = []
+    for facts in trained:
+        reached = facts["about"]["reached"]
+        ways = {"as it is": reached["before"]} if not rows else {}
+        ways[f"{facts['method']}, untrained"] = reached["untrained"]
+        for way, found in (ways | reached["after"]).items():
+            ran = ["", ""] if way in ways else [facts["knobs"]["steps"], reached["seconds"]]
+            rows.append([way, *ran, *found["recall_by_length"].values(), found["held_out_nats"]])
+    lengths = trained[0]["about"]["reached"]["before"]["recall_by_length"]
+    return f"""
+## Blocks
+
+Methods that put a trained block in place of parts of this model, trained on half prose and half recall documents of its
+training text by `workbench calibrate --model {name} --method NAME` (the weights that come with the package: `make
+calibrations`), one run each on one busy CPU core. The rest of the model stays as it is. What each reached, measured as above;
+the weights' files hold these figures:
+
+{_table(["model with", "steps", "seconds", *(f"recall, {length}" for length in lengths), "held-out nats a token"], rows)}
+
+A few minutes show that a block works, not what it is worth: the papers train whole models with it from the start. A lower
+loss than the model's own is also that of weights trained further.
 """
 
 
@@ -101,29 +142,45 @@ def _table(head: list, rows: list[list]) -> str:
 @torch.no_grad()
 def evaluate(model, tokenizer) -> dict:
     """Recall by context length (4 facts, all answer words right) and held-out loss beside a unigram model's."""
-    rows = Rows(tokenizer, _SEED, held_out=True)
-    recall_by_length = {}
-    for length in LENGTHS:
+    rows = Rows(tokenizer, SEED, held_out=True)
+    recalled = recall_by_length(model, rows, LENGTHS, _SAMPLES)
+    training = torch.tensor(Rows(tokenizer, SEED).stream)
+    frequency = torch.bincount(training, minlength=len(tokenizer)).float() + 1
+    unigram = -(frequency / frequency.sum()).log()[torch.tensor(rows.stream)].mean().item()
+    return {
+        "recall_by_length": recalled,
+        "held_out_nats": held_out_nats(model, rows),
+        "unigram_nats": round(unigram, 3),
+    }
+
+
+@torch.no_grad()
+def recall_by_length(model, rows: Rows, lengths: Sequence[int], samples: int) -> dict[int, float]:
+    """Share of the answers that are right in every word, over texts of each length, each with 4 facts."""
+    found = {}
+    for length in lengths:
         right = total = 0
-        for _ in range(_SAMPLES):
+        for _ in range(samples):
             row = rows.row("recall", length, NUM_FACTS)
-            predicted = model(torch.tensor([row.ids])).logits[0, :-1].argmax(-1).tolist()
+            predicted = model(torch.tensor([row.ids], device=model.device)).logits[0, :-1].argmax(-1).tolist()
             answers = [i for i, task in enumerate(row.tasks) if task == "recall"]
             size = recall.VALUE_WORDS + 1
             for start in range(0, len(answers), size):
                 value = answers[start : start + recall.VALUE_WORDS]
                 right += all(predicted[i - 1] == row.ids[i] for i in value)
                 total += 1
-        recall_by_length[length] = round(right / total, 4)
-    training = torch.tensor(Rows(tokenizer, _SEED).stream)
-    frequency = torch.bincount(training, minlength=len(tokenizer)).float() + 1
+        found[length] = round(right / total, 4)
+    return found
+
+
+@torch.no_grad()
+def held_out_nats(model, rows: Rows) -> float:
+    """Mean loss of the next token over windows of 512 tokens of the rows' prose."""
     held_out = torch.tensor(rows.stream)
-    unigram = -(frequency / frequency.sum()).log()[held_out].mean().item()
-    windows = held_out[: len(held_out) // 511 * 511].view(-1, 511)
-    windows = torch.cat([torch.full((len(windows), 1), rows.bos), windows], 1)
-    logits = torch.cat([model(chunk).logits[:, :-1] for chunk in windows.split(8)])
-    loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
-    return {"recall_by_length": recall_by_length, "held_out_nats": round(loss, 3), "unigram_nats": round(unigram, 3)}
+    cut = held_out[: len(held_out) // 511 * 511].view(-1, 511)
+    cut = torch.cat([torch.full((len(cut), 1), rows.bos), cut], 1)
+    logits = torch.cat([model(chunk.to(model.device)).logits[:, :-1].cpu() for chunk in cut.split(8)])
+    return round(F.cross_entropy(logits.flatten(0, 1).float(), cut[:, 1:].flatten()).item(), 3)
 
 
 if __name__ == "__main__":
