@@ -32,22 +32,28 @@ def print_comparison(comparison: Comparison) -> None:
     _out.print(f"[bold]{about['workload']} on {about['model']}[/bold] ({comparison.settings})", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column("setup", overflow="fold")
-    routes = any(row.rerouted is not None for row in comparison.rows)
+    routes = any(row.rerouted is not None or row.decoded is not None for row in comparison.rows)
     for name in ("score", "KL", "KV held", *(["FFN read"] if routes else []), "TTFT", "TPOT", "fired"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.rows:
         acted = [(row.fired_layers, row.layers, row.fired_steps, row.steps), row.rerouted or (0, 0, 0, 0)]
         fired = [f"{layers}/{all_layers} {steps}/{due}" for layers, all_layers, steps, due in acted if due]
+        fired += ["{}/{} tokens".format(*row.decoded)] if row.decoded is not None else []
         times = [f"{1000 * seconds:.1f}" for seconds in (row.ttft_s, row.tpot_s)]
         sizes = [human_bytes(row.kv_physical_bytes), *([human_bytes(row.ffn_read_bytes or 0)] if routes else [])]
         table.add_row(row.setup, f"{row.score:.3f}", f"{row.kl_to_dense:.3f}", *sizes, *times, "\n".join(fired) or "-")
     _out.print(table)
     _out.print("KL to dense: nats a token. TTFT, TPOT: ms. Fired: layers and steps acted on, of those due.", style="dim")
+    if any(row.decoded is not None for row in comparison.rows):
+        _out.print("Tokens: taken from a draft or another model, of those found; TPOT: their steps over these.", style="dim")
     if routes:
         _out.print("FFN read: weights of experts and FFNs after the prefill, modelled, a sample.", style="dim")
     for heading, scores in (("question", comparison.turns), ("depth, %", comparison.depths)):
         if scores.shape[1] > 1:
             _print_scores(heading, scores)
+    for setup, figures in comparison.decoding.iterrows():
+        said = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.dropna().items())
+        _out.print(f"{setup}: {said}", style="dim", highlight=False)
     if about["sliding_layers"]:
         _out.print(f"{about['sliding_layers']} sliding-window layers were left alone.", style="dim")
 

@@ -49,6 +49,14 @@ def test_a_gate_is_found_by_trying(family):
         assert (gate.score, gate.renormalises, gate.scale, gate.groups) == ("softmax", SOFTMAX[family], 1.0, (1, 1))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "gpt_oss"])
+def test_a_gate_is_found_though_half_precision_makes_ties(family):
+    """A router that scores in half precision may choose the other of two near experts."""
+    model = random_model(family, experts_implementation="eager", num_local_experts=32, num_experts=32).to(torch.bfloat16)
+    for gate in gates(wb.load((model, wb.load("tiny-dense").tokenizer))).values():
+        assert (gate.score, gate.renormalises, gate.scale) == ("softmax", SOFTMAX[family], 1.0)
+
+
 def test_groups_a_bias_and_a_factor_are_found():
     lm = loaded("deepseek_v3")
     found = gates(lm)

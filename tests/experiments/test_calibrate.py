@@ -179,9 +179,11 @@ def test_built_in_models_come_calibrated(cache, name):
 
 
 def test_what_is_shipped_is_what_a_calibration_finds(cache, tiny, tmp_path, monkeypatch):
-    """All but what is trained, gates and blocks, which takes minutes: their own tests say what those are worth."""
+    """All but what is trained, which takes up to minutes: their own tests say what those are worth."""
     monkeypatch.setattr(TrainedBlock, "to_calibrate", lambda: ())
     monkeypatch.setattr(wb.DuoAttention, "to_calibrate", lambda: (wb.DuoAttention(gates="calibrated"),))
+    for trained in (wb.DuoLLM, wb.InformedRouting):
+        monkeypatch.setattr(trained, "to_calibrate", tuple)
     shipped = calibrations(tiny)
     monkeypatch.setattr("workbench.engine.calibration.BUILTIN", tmp_path)
     for path, (name, known) in zip(ship("tiny-dense"), shipped.items(), strict=True):

@@ -56,7 +56,7 @@ def test_tokens_are_given_the_mean_width_that_was_asked_for(moe, router):
 def test_the_fitted_map_foretells_the_error(moe, states):
     """On prose, while it was fitted on other texts; better than the gate weight alone."""
     method = ready(moe)
-    packed = method._packed(moe)
+    packed = {layer: bank.experts for layer, bank in method.banks(moe).items()}
     for number, (layer, module, experts) in enumerate(experts_of(moe.model, moe.anatomy)):
         state, own = states[number], OwnBank(module, experts, 4)
         true = torch.zeros(state.experts.shape)
@@ -76,7 +76,7 @@ def test_the_fitted_map_foretells_the_error(moe, states):
 def test_the_oracle_gives_the_fewest_bits_that_are_near_enough(moe, states):
     method = ready(moe, router="oracle")
     layer, module, experts = next(experts_of(moe.model, moe.anatomy))
-    packed, own, state = method._packed(moe)[layer], OwnBank(module, experts, 4), states[0]
+    packed, own, state = method.banks(moe)[layer].experts, OwnBank(module, experts, 4), states[0]
     with torch.no_grad():
         levels = oracle_levels(state, own, packed, 0.3)
         for token in range(0, len(levels), 7):
@@ -92,7 +92,7 @@ def test_the_oracle_gives_the_fewest_bits_that_are_near_enough(moe, states):
 def test_an_expert_is_read_up_to_the_highest_width_and_computed_at_each_tokens_own(moe):
     method = ready(moe)
     layer, module, experts = next(experts_of(moe.model, moe.anatomy))
-    packed = method._packed(moe)[layer]
+    packed = method.banks(moe)[layer].experts
     bank = NestedBank(OwnBank(module, experts, 4), packed)
     bank.ask(torch.tensor([[0, 1], [0, 2], [8, 1]]), torch.tensor([[1, 2], [3, 1], [1, 2]]))
     assert bank.weight_bytes == [packed[0].nbytes(3), packed[1].nbytes(2), packed[2].nbytes(1), 0, 0, 0, 0, 0]
@@ -131,6 +131,7 @@ def test_more_bits_are_nearer_to_the_model_and_all_are_held(moe):
         off.append((dense.exp() * (dense - session.logits.log_softmax(-1))).sum().item())
         read.append(read_bytes(session.trace)["read_bytes"].sum())
         held = session.setup.routing.resident_bytes(moe)
+        assert session.setup.routing.banks(moe) is ready(moe, bits=2.5, router="weight").banks(moe), "planes are shared"
         assert 4 / 32 < held / resident_bytes(moe.anatomy) < 5 / 32
     assert off[0] > max(off[1:]) > 0 and read == sorted(read) and read[0] < read[2]
 

@@ -14,7 +14,8 @@ from workbench.cost.ffn import read_bytes, resident_bytes, weights_bytes
 from workbench.engine.calibration import Document
 from workbench.engine.routed import routed
 from workbench.methods.routing.budgets import PRESENT, WIDTHS, bits_by_expert, least_bits
-from workbench.methods.routing.mc_moe import importance, last_falls_short, most_important, without_last
+from workbench.methods.routing.mc_moe import importance, last_falls_short, most_important, packed_expert, without_last
+from workbench.models.anatomy import expert_modules
 from workbench.testing import ids, random_model
 
 TEXT = "The statement is executed repeatedly until the iterator is exhausted. " * 4
@@ -200,9 +201,6 @@ def test_another_family_is_calibrated_and_runs(family, tiny):
 
 def test_calibrated_errors_are_those_of_the_whole_block(moe):
     """One expert in one bit, the others as they are: the distance of the layer's output, measured as a whole."""
-    from workbench.methods.routing.mc_moe import _packed
-    from workbench.models.anatomy import expert_modules
-
     text = Document(tuple(moe.tokenizer(TEXT).input_ids), 20)
     method = wb.McMoE()
     found = method.calibrate(dataclasses.make_dataclass("S", ["lm", "documents", "advance"])(moe, (text,), lambda *_: None))
@@ -211,7 +209,7 @@ def test_calibrated_errors_are_those_of_the_whole_block(moe):
         expected = module(state.hidden, state.experts, state.weights)
         changed = 0
         for expert in range(8):
-            packed = _packed(module, expert, moe, 1, 128)
+            packed = packed_expert(module, expert, moe, 1, 128)
             weights = {name: stack.detach().clone() for name, stack in module.named_parameters()}
             for name, parts in packed.parts.items():
                 weights[name][expert] = parts[0].dense()

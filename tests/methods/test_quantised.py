@@ -11,7 +11,6 @@ from workbench.methods.routing.quantised import (
     PackedExpert,
     experts_of,
     input_is_last,
-    kept,
     nested,
     packed,
     rounded,
@@ -89,11 +88,3 @@ def test_an_expert_in_many_bits_computes_what_it_did(family, tiny):
         assert (expert.compute(hidden, 1) - expected).norm() > (expert.compute(hidden) - expected).norm()
     weights = sum(linear.in_features * linear.out_features for linear in experts.linears)
     assert expert.nbytes(1) < expert.nbytes() and expert.nbytes() >= (8 + 4) * weights / 8
-
-
-def test_what_is_built_for_a_model_is_kept_for_its_few_latest_keys():
-    model, made = torch.nn.Linear(1, 1), []
-    for key in (1, 2, 1, 3, 4, 1, 5, 1):
-        assert kept(model, key, lambda key=key: made.append(key) or [key]) == [key]
-    assert made == [1, 2, 3, 4, 5, 1]
-    assert kept(torch.nn.Linear(1, 1), 5, lambda: "another") == "another"

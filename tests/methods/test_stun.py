@@ -10,6 +10,8 @@ import torch
 import workbench as wb
 from workbench.engine.banks import banks_of
 from workbench.engine.calibration import Document
+from workbench.engine.experts import RouteState
+from workbench.engine.gate import Gate
 from workbench.engine.neurons import neurons
 from workbench.engine.routed import routed
 from workbench.models.anatomy import expert_modules, router_modules
@@ -128,3 +130,24 @@ def test_zeros_are_the_weights_of_an_output_that_matter_least(lm):
             gone = row.argsort(stable=True)[: len(row) // 4]
             assert (after == 0).nonzero().flatten().tolist() == gone.sort().values.tolist()
             assert torch.equal(after[after != 0], before[after != 0])
+
+
+def test_a_bias_and_groups_of_the_gate_go_with_the_experts_that_are_left(lm):
+    """As DeepSeek-V3's: sigmoid scores, a bias for the choice alone, the best of two groups of three."""
+    method, logits = ready(lm, kept=0.7, averaged=0), torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    number, merged = next((number, each) for number, each in enumerate(method.merged) if 2 < len(each.clusters) < 6)
+    gate = Gate("sigmoid", True, 2.5, torch.linspace(-0.3, 0.4, 6), (2, 1))
+    chosen = gate.ranking(logits).topk(2).indices
+    positions = torch.arange(20, dtype=torch.int32)[None]
+    state = RouteState(
+        torch.zeros(20, 32), logits, chosen, gate.weights(logits, chosen), gate, positions, "prefill", 0, number, 3
+    )
+    given, left = method.route(state), set(merged.representatives)
+    for token, (experts, weights) in enumerate(zip(given.experts.tolist(), given.weights, strict=True)):
+        rank = {expert: logits[token, expert].sigmoid().item() + gate.bias[expert].item() for expert in left}
+        groups = [sorted((rank.get(expert, 0.0) for expert in range(3 * g, 3 * g + 3)), reverse=True)[:2] for g in (0, 1)]
+        group = max((0, 1), key=lambda g: sum(groups[g]))
+        there = sorted((expert for expert in left if expert // 3 == group), key=rank.get, reverse=True)[:2]
+        assert experts == there + [6] * (2 - len(there))
+        odds = logits[token, there].sigmoid()
+        torch.testing.assert_close(weights[: len(there)], 2.5 * odds / odds.sum())

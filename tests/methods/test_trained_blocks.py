@@ -201,7 +201,7 @@ def test_a_cache_method_may_thin_before_tokens_are_left_out_and_not_after(lm):
     session.generate(3)
     lengths = session.trace.table("attention").query("step == 0")["q_len"].tolist()
     assert lengths[:2] == [20, 20] and lengths[2:] == [5, 10]
-    refused = wb.Session(lm, [wb.FastKV(budget=0.5, window=4, before=0.75), block])
+    refused = wb.Session(lm, [wb.FastKV(budget=0.25, window=4, before=0.75), block])
     with pytest.raises(wb.UserError, match="after a layer that the routing method has left tokens out of"):
         refused.prefill(PROMPT)
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from workbench.errors import UserError
 from workbench.trace.anatomy import Anatomy, Attention, Layer, Linear
+from workbench.trace.schema import DRAFT
 
 if TYPE_CHECKING:
     from workbench.trace.trace import Trace
@@ -37,7 +38,7 @@ COMPONENTS = (
     "unattributed",
 )
 GROUPS = ("phase", "component", "step", "layer", "setup", "slot")
-"""What sums may be taken by. The slot is that of the method whose work it is: `cache`, `routing`, or `model` for none."""
+"""What sums may be taken by. The slot is that of the method whose work it is: `cache`, `routing`, `decoding`, or `model`."""
 
 
 def linear_flops(tokens: int, linear: Linear) -> int:
@@ -114,9 +115,10 @@ def attention_counts(trace: Trace) -> pd.DataFrame:
 
 
 def by_slot(model: list[pd.DataFrame], cache: list[pd.DataFrame], trace: Trace, column: str) -> pd.DataFrame:
-    """Rows of the model's own work, of a cache method's and of a routing method's as one, which is whose in `slot`.
+    """Rows of the model's own work, of a cache method's, a routing and a decoding method's as one, which is whose in `slot`.
 
-    Rows of the model that a routing method's work stands in for are left out.
+    Rows of the model that such a method's work stands in for are left out. What is done in a draft, or by another model, is a
+    decoding method's.
     """
     work = trace.table("work")
     work = work[work[column].notna()].astype({column: "int64"})
@@ -124,7 +126,10 @@ def by_slot(model: list[pd.DataFrame], cache: list[pd.DataFrame], trace: Trace, 
     if len(work):
         keys = ["step", "layer", "component"]
         own = own[~pd.MultiIndex.from_frame(own[keys]).isin(pd.MultiIndex.from_frame(work[keys]))]
-    parts = {"model": own, "cache": pd.concat(cache), "routing": work[["step", "layer", "component", column]]}
+    steps = trace.table("steps")
+    decoding = work["step"].isin(steps.loc[steps["phase"] == DRAFT, "step"]) | (work["layer"] < 0)
+    work = work[["step", "layer", "component", column]]
+    parts = {"model": own, "cache": pd.concat(cache), "routing": work[~decoding], "decoding": work[decoding]}
     codes = np.repeat(np.arange(len(parts), dtype=np.int8), [len(part) for part in parts.values()])
     rows = pd.concat([part for part in parts.values() if len(part)] or [own], ignore_index=True)
     return rows.assign(slot=pd.Categorical.from_codes(codes, categories=list(parts)))

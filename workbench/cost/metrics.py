@@ -34,6 +34,15 @@ def tpot_ns(trace: Trace) -> int | None:
     return int(decode.median()) if len(decode) else None
 
 
+def found_token_ns(trace: Trace) -> float | None:
+    """Time per output token under a decoding method: steps that look for tokens, over the tokens found; None without one."""
+    found = (trace.meta.get("decoding") or {}).get("tokens")
+    if not found:
+        return None
+    steps = trace.table("steps")
+    return float(step_ns(steps[~steps["phase"].isin((*BEFORE_FIRST_TOKEN, "append"))]).sum() / found)
+
+
 def cache_bytes(trace: Trace) -> pd.DataFrame:
     """Physical and nominal cache bytes after each step, summed over layers: `step, physical_bytes, nominal_bytes`."""
     cache = trace.table("cache")

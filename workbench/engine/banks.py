@@ -52,6 +52,7 @@ def banks_of(maker: Maker, lm: LM) -> Mapping[int, Bank]:
     found = next((each for each in held if each.weights == weights and _same(each.maker, maker)), None)
     if found is None:
         found = _Made(maker, weights, maker.banks(lm))
+        held = _made[lm.model]  # a maker may have asked for what it shares with others
     _made[lm.model] = [*(each for each in held if each is not found), found][-_HELD:]
     return found.banks
 

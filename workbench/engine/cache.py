@@ -27,7 +27,7 @@ from workbench.engine.stores.rectangular import RectangularStore
 from workbench.probes.importance import attention_mass, by_position, observes
 from workbench.probes.rotation import Rotation, rotations
 from workbench.trace.anatomy import Anatomy
-from workbench.trace.schema import REHEARSAL
+from workbench.trace.schema import DRAFT, REHEARSAL, VERIFY
 from workbench_kernels.attention_rows import attention_rows, blockwise_attention
 from workbench_kernels.column_mass import column_mass, column_mass_flops
 from workbench_kernels.decode_attention import decode_attention
@@ -140,14 +140,14 @@ class EngineLayer(CacheLayerMixin):
         if self.call.phase == REHEARSAL:
             self._foresee(query, scaling, options)
             return out.transpose(1, 2), None
-        if observes(self.call.importance, query.shape[2]):
+        if self.call.phase != DRAFT and observes(self.call.importance, query.shape[2]):
             mass, window = attention_mass(self.call.importance, query, source.keys, scaling, asking=asking, **options)
             spread = by_position(mass, source.positions, max(self.call.seen))
             self.call.masses.append((self.index, spread, window))
         if self.call.received is not None:
             self._receive(query, source, scaling, {"asking": asking, **options})
-        if self.attention.window is not None:
-            self.store.keep_last(self.attention.window - 1)
+        if self.call.phase not in (DRAFT, VERIFY):  # whose tokens may be taken back
+            self.forget()
         self._record("append", query.shape[0] * query.shape[2])
         if self.policy is not None and self.waits(query, options):
             self.call.waiting = [*self.call.waiting, Waiting(self, own, scaling)]
@@ -293,6 +293,17 @@ class EngineLayer(CacheLayerMixin):
                 self._record("due", 0)
                 self._record("evict", self._record_absent())
         self.undecided = False
+
+    def forget(self) -> None:
+        """Drops what lies before a sliding window."""
+        if self.attention.window is not None:
+            self.store.keep_last(self.attention.window - 1)
+
+    def take_back(self, count: int) -> None:
+        """Takes the last `count` tokens of each row back."""
+        self.store.crop(self.store.length - count)
+        self._seen -= count
+        self._record("crop", count * self.store.keys.shape[0])
 
     def is_due(self) -> bool:
         """Whether a policy that foresees has to decide after this call."""

@@ -7,7 +7,7 @@ and plain `generate()` never meet it. Hooks keep working: they see what goes int
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,8 +15,11 @@ import torch
 from torch import nn
 
 from workbench.engine.call import Call, Number, Work
+from workbench.errors import UserError
 from workbench.probes.moe import Choice
+from workbench.probes.unobserved import unobserved
 from workbench.trace.anatomy import Anatomy
+from workbench.trace.store import TraceWriter
 
 if TYPE_CHECKING:
     from workbench.models.load import LM
@@ -46,6 +49,16 @@ class RoutingPolicy(Protocol):
         ...
 
 
+class Replacing(Protocol):
+    """A policy of any slot that replaces forwards."""
+
+    name: str
+
+    def forwards(self, lm: LM, call: Call) -> Mapping[nn.Module, Forward]:
+        """What to run instead of which modules."""
+        ...
+
+
 class Replacement:
     """Replaces forwards while attached."""
 
@@ -66,6 +79,21 @@ class Replacement:
             del module.forward
             if before is not None:
                 module.forward = before
+
+
+@torch.no_grad()
+def logits_under(lm: LM, policy: RoutingPolicy | None, tokens: Sequence[int]) -> torch.Tensor:
+    """`[T, V]` float32 logits of one plain forward call over a text, under a routing policy; no profile sees it."""
+    call = Call(TraceWriter({}))
+    ids = torch.tensor([list(tokens)], device=lm.device)
+    call.positions, call.seen = torch.arange(ids.shape[1], device=lm.device, dtype=torch.int32)[None], [ids.shape[1]]
+    replaced = replacement(lm, [] if policy is None else [policy], call)
+    replaced.attach()
+    try:
+        with unobserved():
+            return lm.model(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        replaced.detach()
 
 
 def rerouted(chosen: list[Choice], given: Mapping[int, Choice]) -> list[Choice]:
@@ -90,9 +118,16 @@ def _numbers(work: Work) -> tuple[Number | None, ...]:
     return work.changed, work.flops, work.bytes, work.weight_bytes
 
 
-def replacement(lm: LM, policy: RoutingPolicy | None, call: Call) -> Replacement:
-    """What has to be attached for a session's calls under a policy. Raises UserError for a model it cannot serve."""
-    if policy is None:
-        return Replacement({})
-    policy.check(lm.anatomy)
-    return Replacement(policy.forwards(lm, call))
+def replacement(lm: LM, policies: Sequence[Replacing], call: Call) -> Replacement:
+    """What has to be attached for a session's calls under some policies, which were checked.
+
+    Raises UserError for a model one of them cannot serve, and for two that replace the same module.
+    """
+    forwards: dict[nn.Module, Forward] = {}
+    for policy in policies:
+        more = policy.forwards(lm, call)
+        if forwards.keys() & more.keys():
+            names = " and ".join(repr(each.name) for each in policies)
+            raise UserError(f"{names} both replace what an FFN of {lm.name} computes; leave one of them out.")
+        forwards |= more
+    return Replacement(forwards)

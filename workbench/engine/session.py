@@ -7,11 +7,9 @@ methods, and plain `generate()`, may take turns on one model.
 from __future__ import annotations
 
 import copy
-import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +19,9 @@ from workbench.engine.attention import engine_attention
 from workbench.engine.cache import allocate, engine_cache, swap_policy
 from workbench.engine.call import Call, Work
 from workbench.engine.check import check_engine
+from workbench.engine.decoding import Generated, check_decoding
 from workbench.engine.rehearsal import plan, rehearse
-from workbench.engine.replacing import replacement, rerouted, work_rows
+from workbench.engine.replacing import Replacement, replacement, rerouted, work_rows
 from workbench.engine.setup import Method, Setup
 from workbench.engine.thinning import check_thinning, thinners
 from workbench.engine.together import decide_together
@@ -35,6 +34,7 @@ from workbench.probes.importance import ImportanceLog, check_mode
 from workbench.probes.moe import Choice, RoutingProbe, choice_rows, routing_rows
 from workbench.probes.spans import SpanProbe, span_rows
 from workbench.probes.traffic import eager_traffic
+from workbench.trace.schema import CATCH_UP, DRAFT
 from workbench.trace.store import TraceWriter
 from workbench.trace.trace import Trace
 from workbench.trace.traffic import regime
@@ -46,21 +46,6 @@ _STEPS_HELD = 64
 """Steps whose expert choices may wait on the device before they are fetched in one go."""
 
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What a call of `generate` added: token ids and text of each batch row, ended at the row's end of sequence."""
-
-    ids: tuple[tuple[int, ...], ...]
-    texts: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        """The text of the only row. Raises UserError for a batch."""
-        if len(self.texts) != 1:
-            raise UserError(f"This is a batch of {len(self.texts)} rows; read `texts`.")
-        return self.texts[0]
 
 
 class Session:
@@ -104,7 +89,7 @@ class Session:
         self._call = Call(TraceWriter(meta, Path(out) if out is not None else None), step=-1, importance=importance)
         check_thinning(lm.model, lm.anatomy, self.setup.cache)
         self._cache = engine_cache(lm.model, lm.anatomy, self.setup.cache, self._call)
-        self._replacement = replacement(lm, self.setup.routing, self._call)
+        self._replacement = self._replacing(self.setup)
         self._routing = self._routing_probe(routing)
         self._spans = SpanProbe(lm.model) if spans else None
         self._choices: list[tuple[int, list[Choice]]] = []
@@ -115,14 +100,18 @@ class Session:
         self._prompt_tokens: list[int] = []
         self._logits: torch.Tensor | None = None
         self._interrupted = False
+        self._attempted = 0
+        self._unread: list[int] = []
+        self.partner: Session | None = None
+        """Another model's session that a decoding method runs beside this one; a branch goes on with a branch of it."""
         self._regimes: set[str] = set()
         self._importance = ImportanceLog(self._call.writer)
-        self._forward_options = {"logits_to_keep": 1} if accepts_logits_to_keep(lm.model) else {}
+        self._keeps_logits = accepts_logits_to_keep(lm.model)
 
     @property
     def tokens(self) -> list[list[int]]:
         """The tokens of each row so far, padding left out."""
-        return [list(row) for row in self._tokens]
+        return [[*row, *self._unread] for row in self._tokens]
 
     @property
     def steps(self) -> int:
@@ -191,7 +180,7 @@ class Session:
         *,
         stop_at_end: bool = True,
     ) -> Generated:
-        """Decodes greedily until every row has ended or `max_new_tokens` are there.
+        """Decodes greedily, or as the setup's decoding method does, until every row has ended or `max_new_tokens` are there.
 
         Args:
             max_new_tokens: most tokens to add to each row.
@@ -200,6 +189,9 @@ class Session:
         """
         if max_new_tokens < 1:
             raise UserError(f"Cannot generate {max_new_tokens} tokens; ask for 1 or more.")
+        if self.setup.decoding is not None:
+            _ = self.logits
+            return self.setup.decoding.decode(self, max_new_tokens, on_token, stop_at_end)
         ends = self.lm.end_tokens if stop_at_end else ()
         new: list[list[int]] = [[] for _ in self._tokens]
         open_rows = [True] * len(self._tokens)
@@ -215,8 +207,84 @@ class Session:
             if not any(open_rows):
                 break
             next_tokens = self.logits.argmax(-1).tolist()
-        texts = [self.lm.tokenizer.decode(row, skip_special_tokens=True) for row in new]
-        return Generated(tuple(map(tuple, new)), tuple(texts))
+        return Generated.of(self.lm, new)
+
+    @torch.no_grad()
+    def attempt(self, tokens: Sequence[int], phase: str) -> torch.Tensor:
+        """Runs tokens that are no part of the only text yet. Returns the logits after each, `[n, V]`.
+
+        They stay in the cache for tokens to follow, until `take_back` or `settle`.
+        """
+        past = len(self._tokens[0]) + self._attempted
+        self._check_room([list(range(self._attempted)) + list(tokens)])
+        positions = torch.arange(past, past + len(tokens), dtype=torch.int32, device=self._device)[None]
+        ids = torch.tensor([list(tokens)], device=self._device)
+        self._begin()
+        logits = self._run_for(len(tokens), phase, positions, [past + len(tokens)], positions, input_ids=ids)
+        self._attempted += len(tokens)
+        self._interrupted = False
+        return logits[0]
+
+    def take_back(self, count: int) -> None:
+        """Takes the last `count` attempted tokens out of the cache."""
+        if not count:
+            return
+        self._attempted -= count
+        self._call.seen = [len(self._tokens[0]) + self._attempted]
+        for layer in self._cache.layers:
+            layer.take_back(count)
+
+    def settle(self, tokens: Sequence[int], logits: torch.Tensor) -> None:
+        """Makes attempted tokens part of the text: those in the cache, of which `tokens` are the first; others are taken back.
+
+        `logits` `[n, V]` are those after each of these, the last of them the next token's.
+        """
+        self.take_back(self._attempted - len(tokens))
+        self._attempted = 0
+        before = torch.cat([self.logits, logits[:-1]])
+        self._write_tokens(0, len(self._tokens[0]), tokens, _likelihoods(before, tokens))
+        self._tokens[0] += tokens
+        self._logits = logits[-1:]
+        for layer in self._cache.layers:
+            layer.forget()
+        self._settle(self._call.phase)
+
+    def defer(self, token: int, logits: torch.Tensor) -> None:
+        """Adds a token to the only text that the model reads with the next call, or by `catch_up`.
+
+        `logits` `[1, V]` are those it was taken from.
+        """
+        self._check_room([[token]])
+        self._write_tokens(0, len(self.tokens[0]), [token], _likelihoods(logits, [token]))
+        self._unread.append(token)
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens of the text that the model has not read."""
+        return len(self._unread)
+
+    def expect(self, logits: torch.Tensor) -> None:
+        """Takes another model's word for what comes next: its logits `[1, V]`."""
+        self._logits = logits
+
+    def catch_up(self) -> torch.Tensor:
+        """Reads what of the text was deferred. Returns the next token's logits `[1, V]`."""
+        return self._forward([[]], "decode") if self._unread else self.logits
+
+    def record_partner(self, started_ns: int, duration_ns: int, tokens: int) -> int:
+        """Writes a step in which the partner read tokens. Returns its number, for rows of work."""
+        call = self._call
+        call.step += 1
+        call.phase = DRAFT if tokens == 1 else CATCH_UP
+        row = (call.step, call.phase, 1, tokens, len(self.tokens[0]), 0, False, started_ns, duration_ns, None, self.setup.label)
+        call.writer.add("steps", *row)
+        self._regimes.add(regime(call.phase, 1, tokens, False))
+        return call.step
+
+    @property
+    def call(self) -> Call:
+        """The call in progress, where a method writes what it did."""
+        return self._call
 
     def swap(self, setup: Setup | Method | Iterable[Method] | None) -> None:
         """Puts another setup in charge from the next call on; None is dense. The setup in force already changes nothing.
@@ -237,9 +305,9 @@ class Session:
         writer = self._call.writer
         change = {"step": self._call.step + 1, "from": self.setup.label, "to": new.label}
         check_thinning(self.lm.model, self.lm.anatomy, new.cache)
-        replaced = replacement(self.lm, new.routing, self._call)
+        replaced = self._replacing(new)
         swap_policy(self.lm.model, self._cache, new.cache)
-        self.setup, self._replacement = new, replaced
+        self.setup, self._replacement, self.partner = new, replaced, None
         self._set_capacity()
         writer.update_meta(swaps=[*writer.meta["swaps"], change])
 
@@ -250,19 +318,21 @@ class Session:
         """
         other = copy.copy(self)
         branched = {"setup": self.setup.label, "swaps": [], "branched_at_step": self._call.step}
-        meta = {**self._call.writer.meta, **branched}
+        meta = {name: value for name, value in self._call.writer.meta.items() if name != "decoding"} | branched
         other._call = copy.copy(self._call)
         other._call.writer = TraceWriter(meta)
         other._call.seen = list(self._call.seen)
         other._call.choices, other._call.works, other._call.memory = {}, [], dict(self._call.memory)
-        other._replacement = replacement(self.lm, self.setup.routing, other._call)
+        other._replacement = other._replacing(self.setup)
+        other._unread = list(self._unread)
+        other.partner = self.partner.branch() if self.partner is not None else None
         other._cache = type(self._cache)(layers=[layer.clone(other._call) for layer in self._cache.layers])
         other._routing, other._choices, other._works = other._routing_probe(self._routing.mode), [], []
         other._spans = SpanProbe(self.lm.model) if self._spans else None
         other._regimes = set()
         other._importance = ImportanceLog(other._call.writer)
         other._devices = self._devices.another()
-        other._tokens = self.tokens
+        other._tokens = [list(row) for row in self._tokens]
         return other
 
     def close(self) -> None:
@@ -281,8 +351,11 @@ class Session:
     @torch.no_grad()
     def _forward(self, rows: list[list[int]], phase: str) -> torch.Tensor:
         """One forward call of the model over `rows`, padded on the left to one length."""
-        if self._interrupted:
-            raise UserError("An earlier call of this session did not finish, so its cache is incomplete; start a new Session.")
+        self._check_whole()
+        new, unread = rows, self._unread
+        if unread:
+            rows, self._unread = [[*unread, *rows[0]]], []
+            phase = CATCH_UP if phase == "decode" and len(rows[0]) > 1 else phase
         known = self._tokens or [[] for _ in rows]
         rehearsal = plan(self.lm, self.setup.cache, self._cache.layers, self._call, phase, known, rows)
         self._interrupted = True
@@ -297,7 +370,7 @@ class Session:
         rotated = positions.clamp(min=0) if any(padding) else positions
         seen = [before + len(row) for before, row in zip(past, rows, strict=True)]
         logits = self._run(phase, positions.clamp(min=-1), seen, rotated, has_padding=any(padding), input_ids=ids)
-        self._record_tokens(rows)
+        self._record_tokens(new)
         for before, row in zip(known, rows, strict=True):
             before += row
         self._logits = logits
@@ -317,6 +390,19 @@ class Session:
         **inputs: torch.Tensor,
     ) -> torch.Tensor:
         """One forward call of the model and its rows in the trace; see `rehearsal.Forward`."""
+        return self._run_for(1, phase, positions, seen, position_ids, has_padding, **inputs)[:, -1]
+
+    def _run_for(
+        self,
+        num_logits: int,
+        phase: str,
+        positions: torch.Tensor,
+        seen: list[int],
+        position_ids: torch.Tensor,
+        has_padding: bool = False,
+        **inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same, with the logits after the last `num_logits` tokens, `[B, n, V]`."""
         call, device = self._call, self._device
         call.step += 1
         call.phase, call.positions, call.seen, call.has_padding = phase, positions, seen, has_padding
@@ -331,9 +417,9 @@ class Session:
                     position_ids=position_ids,
                     past_key_values=self._cache,
                     use_cache=True,
-                    **self._forward_options,
+                    **({"logits_to_keep": num_logits} if self._keeps_logits else {}),
                 )
-                logits = out.logits[:, -1].float()
+                logits = out.logits[:, -num_logits:].float()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 duration = time.perf_counter_ns() - started
@@ -342,6 +428,22 @@ class Session:
             raise
         self._record(positions.shape, out.logits.shape[1], started, duration)
         return logits
+
+    def _replacing(self, setup: Setup) -> Replacement:
+        """Forwards that a setup replaces. Raises UserError for methods that do not go with the model or with each other."""
+        if setup.routing is not None:
+            setup.routing.check(self.lm.anatomy)
+        check_decoding(self.lm, setup.decoding, setup.cache)
+        return replacement(self.lm, setup.replacing, self._call)
+
+    def _check_whole(self) -> None:
+        if self._interrupted:
+            raise UserError("An earlier call of this session did not finish, so its cache is incomplete; start a new Session.")
+
+    def _begin(self) -> None:
+        """Until it is said otherwise, what follows is not finished."""
+        self._check_whole()
+        self._interrupted = True
 
     def _routing_probe(self, mode: str) -> RoutingProbe:
         return RoutingProbe(self.lm.model, mode, positions=self._call.positions_of)
@@ -409,25 +511,24 @@ class Session:
 
     def _record_tokens(self, rows: list[list[int]]) -> None:
         """Writes the new tokens. How likely the first of them was follows from the logits before this call."""
-        call = self._call
-        text = self.lm.token_text
-        known: list[tuple[float | None, float | None]] = [(None, None)] * len(rows)
-        if self._logits is not None:
-            scores = self._logits.log_softmax(-1)
-            entropies = -(scores.exp() * scores).sum(-1)
-            logprobs = scores.gather(1, torch.tensor([row[:1] for row in rows], device=scores.device)).flatten()
-            known = list(zip(logprobs.tolist(), entropies.tolist(), strict=True))
-        for number, (ids, seen) in enumerate(zip(rows, call.seen, strict=True)):
-            first = seen - len(ids)
-            unknown = ((None, None) for _ in ids[1:])
-            likely = itertools.chain([known[number]], unknown)
-            call.writer.extend(
-                "tokens",
-                (
-                    (call.step, number, position, token, text(token), *pair, call.phase)
-                    for position, (token, pair) in enumerate(zip(ids, likely, strict=True), first)
-                ),
-            )
+        firsts: Sequence[tuple[float | None, float | None]] = [(None, None)] * len(rows)
+        if self._logits is not None and all(rows):
+            firsts = _likelihoods(self._logits, [row[0] for row in rows])
+        for number, (ids, seen) in enumerate(zip(rows, self._call.seen, strict=True)):
+            likely = [firsts[number], *((None, None) for _ in ids[1:])]
+            self._write_tokens(number, seen - len(ids), ids, likely[: len(ids)])
+
+    def _write_tokens(
+        self, row: int, first: int, ids: Sequence[int], likely: Sequence[tuple[float | None, float | None]]
+    ) -> None:
+        call, text = self._call, self.lm.token_text
+        call.writer.extend(
+            "tokens",
+            (
+                (call.step, row, position, token, text(token), *pair, call.phase)
+                for position, (token, pair) in enumerate(zip(ids, likely, strict=True), first)
+            ),
+        )
 
     def _encode(self, prompt: Prompt, special_tokens: bool) -> list[list[int]]:
         """Token ids of each row. Raises UserError for an empty prompt."""
@@ -447,7 +548,15 @@ class Session:
         limit = self.lm.anatomy.max_positions
         if limit is None:
             return
-        seen = [len(row) for row in self._tokens] or [0] * len(rows)
+        seen = [len(row) for row in self.tokens] or [0] * len(rows)
         longest = max(before + len(row) for before, row in zip(seen, rows, strict=True))
         if longest > limit:
             raise UserError(f"{longest} tokens do not fit: {self.lm.name} has a context of {limit}; shorten the prompt.")
+
+
+def _likelihoods(logits: torch.Tensor, tokens: Sequence[int]) -> list[tuple[float, float]]:
+    """Log-probability of each token and entropy of what it was taken from, by logits `[n, V]`."""
+    scores = logits.log_softmax(-1)
+    entropies = -(scores.exp() * scores).sum(-1)
+    logprobs = scores.gather(1, torch.tensor([[token] for token in tokens], device=scores.device)).flatten()
+    return list(zip(logprobs.tolist(), entropies.tolist(), strict=True))

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from workbench.engine.calibration import ready
+from workbench.engine.decoding import DecodingPolicy
 from workbench.engine.policy import CachePolicy
 from workbench.engine.replacing import RoutingPolicy
 from workbench.errors import UserError
@@ -47,7 +48,12 @@ class Setup:
         return cls(*given) if isinstance(given, Iterable) and not isinstance(given, str) else cls(given)
 
     def ready(self, lm: LM) -> Setup:
-        """The same setup, whose methods know their calibrations for a model. Raises UserError if one is missing."""
+        """The same setup, whose methods know their calibrations for a model.
+
+        Raises UserError if one is missing, or for a model the routing method cannot serve, which no calibration would help.
+        """
+        if self.routing is not None:
+            self.routing.check(lm.anatomy)
         return Setup(*(ready(method, lm) for method in self.methods.values()))
 
     @property
@@ -59,6 +65,16 @@ class Setup:
     def routing(self) -> RoutingPolicy | None:
         """The method in the routing slot."""
         return self.methods.get("routing")
+
+    @property
+    def decoding(self) -> DecodingPolicy | None:
+        """The method in the decoding slot."""
+        return self.methods.get("decoding")
+
+    @property
+    def replacing(self) -> list[RoutingPolicy | DecodingPolicy]:
+        """The methods that replace forwards of modules."""
+        return [policy for policy in (self.routing, self.decoding) if policy is not None]
 
     @cached_property
     def label(self) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from workbench.cost.ffn import read_bytes, resident_bytes
-from workbench.cost.metrics import BEFORE_FIRST_TOKEN, Fired, cache_bytes, fired, rerouted, ttft_ns
+from workbench.cost.metrics import BEFORE_FIRST_TOKEN, Fired, cache_bytes, fired, found_token_ns, rerouted, ttft_ns
 from workbench.engine.cache import acting_layers
 from workbench.engine.session import Session
 from workbench.engine.setup import Method, Setup
@@ -74,6 +74,10 @@ def compare(
     Each episode's context is prefilled and compressed once; then each turn is appended and answered. On a branch of the
     same compressed cache the setup is led along the dense run's answer (or the workload's reference), token by token,
     to measure KL, top-1 agreement and NLL. Dense is always run, first. A warm-up is not counted.
+
+    A decoding method is led as it decodes: a token's logits are those it would have been taken from, a draft's where the
+    draft would be accepted, or the active model's. TPOT is then the time of all steps that look for tokens over the tokens
+    found.
 
     With `out`, each setup's result is written when it is finished, and a second call takes it from there: a run that was
     killed loses the setup it was at. Several workloads and models may share the folder. A result is only taken for the
@@ -208,9 +212,11 @@ def _run(lm: LM, workload: Workload, setup: Setup, episode: Episode, dense: _Den
 
 
 def _lead(session: Session, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> torch.Tensor:
-    """Logits `[n, V]` before each of the forced tokens."""
+    """Logits `[n, V]` before each of the forced tokens; under a decoding method those it would have taken it from."""
     if prompt:
         session.append(prompt)
+    if session.setup.decoding is not None:
+        return session.setup.decoding.lead(session, tokens)
     logits = []
     for token in tokens:
         logits.append(session.logits[0])
@@ -243,6 +249,7 @@ def _check_fired(lm: LM, setup: Setup, trace: Trace, prompt_tokens: int) -> Fire
 
 def _row(lm: LM, setup: Setup, episodes: list[Episode], samples: list[_Sample]) -> Row:
     decode = [sample.trace.table("steps").query("phase == 'decode'")["duration_ns"] for sample in samples]
+    found = [found_token_ns(sample.trace) for sample in samples]
     flops = [sample.trace.flops(by="phase").set_index("phase")["flops"] for sample in samples]
     moved = [sample.trace.bytes(by="phase").set_index("phase")["bytes"] for sample in samples]
     held = [cache_bytes(sample.trace).iloc[-1] for sample in samples]
@@ -255,11 +262,11 @@ def _row(lm: LM, setup: Setup, episodes: list[Episode], samples: list[_Sample]) 
         kl_to_dense=_mean(samples, "kl"),
         top1_agreement=_mean(samples, "top1"),
         ttft_s=median(ttft_ns(sample.trace) for sample in samples) / 1e9,
-        tpot_s=float(pd.concat(decode).median()) / 1e9,
+        tpot_s=(mean(found) if None not in found else float(pd.concat(decode).median())) / 1e9,
         prefill_flops=round(mean(_before(each) for each in flops)),
         decode_flops=round(mean(each.sum() - _before(each) for each in flops)),
         decode_bytes=round(mean(each.sum() - _before(each) for each in moved)),
-        kv_physical_bytes=round(mean(each["physical_bytes"] for each in held)),
+        kv_physical_bytes=round(mean(each["physical_bytes"] for each in held) + mean(map(_held_beside, samples))),
         kv_nominal_bytes=round(mean(each["nominal_bytes"] for each in held)),
         peak_memory_bytes=None if None in peaks else max(peaks),
         peak_memory_reason=samples[0].peak_reason,
@@ -272,9 +279,32 @@ def _row(lm: LM, setup: Setup, episodes: list[Episode], samples: list[_Sample]) 
         turn_scores=_turn_scores(samples),
         depth_scores=_depth_scores(episodes, samples),
         ffn_read_bytes=round(mean(_read_after_prefill(sample.trace) for sample in samples)),
-        ffn_resident_bytes=setup.routing.resident_bytes(lm) if setup.routing else resident_bytes(lm.anatomy),
+        ffn_resident_bytes=_resident(lm, setup),
         rerouted=_rerouted(samples) if setup.routing else None,
+        decoded=_decoded(samples) if setup.decoding else None,
+        decoding=_figures(samples) if setup.decoding else (),
     )
+
+
+def _resident(lm: LM, setup: Setup) -> int:
+    own = setup.routing.resident_bytes(lm) if setup.routing else resident_bytes(lm.anatomy)
+    return own + (setup.decoding.resident_bytes(lm) if setup.decoding else 0)
+
+
+def _held_beside(sample: _Sample) -> int:
+    """KV of another model that a decoding method runs."""
+    return sample.trace.meta.get("decoding", {}).get("kv_bytes", 0)
+
+
+def _decoded(samples: list[_Sample]) -> tuple[int, int]:
+    counts = [sample.trace.meta["decoding"] for sample in samples]
+    return sum(each["by_other"] for each in counts), sum(each["tokens"] for each in counts)
+
+
+def _figures(samples: list[_Sample]) -> tuple[tuple[str, float], ...]:
+    """What a decoding method says of itself, on average over samples."""
+    figures = [sample.trace.meta["decoding"]["figures"] for sample in samples]
+    return tuple((name, mean(each[name] for each in figures)) for name in figures[0])
 
 
 def _read_after_prefill(trace: Trace) -> int:

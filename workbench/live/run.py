@@ -42,6 +42,7 @@ class LiveRun:
             importance: what is recorded of attention, as in `wb.Session`.
         """
         self.lm, self.name = lm, name
+        _check_stepwise(setup)
         self.session = Session(lm, setup, importance=importance)
         self._dense = Session(lm) if follow else None
         self._quality: dict[int, tuple[float, bool]] = {}
@@ -74,6 +75,7 @@ class LiveRun:
 
     def swap(self, setup: Setup | Method | None) -> None:
         """Puts another setup in charge from the next token on: see `Session.swap`."""
+        _check_stepwise(setup)
         self.session.swap(setup)
 
     def branch(self, name: str) -> LiveRun:
@@ -123,6 +125,16 @@ class LiveRun:
     def _collect(self) -> None:
         if self._seen.steps < self.session.steps:
             self._seen.add(self.session.trace.select(steps=range(self._seen.steps, self.session.steps)))
+
+
+def _check_stepwise(setup: Setup | Method | None) -> None:
+    """Raises UserError for a setup that does not go token by token."""
+    decoding = Setup.of(setup).decoding
+    if decoding is not None:
+        raise UserError(
+            f"{decoding.name!r} finds tokens in its own way, and a live run shows one step a token; compare it, or generate "
+            "with a session, and leave it out here."
+        )
 
 
 class _Seen:
@@ -210,5 +222,6 @@ class _Seen:
         routing = trace.table("routing")
         if self.experts is None or routing.empty:
             return
+        routing = routing[routing["layer"].isin(self.expert_layers)]  # FFNs with branches are listed, too
         layer = routing["layer"].map({layer: number for number, layer in enumerate(self.expert_layers)})
         np.add.at(self.experts, (layer.to_numpy(), routing["expert"].to_numpy()), routing["tokens"].to_numpy())

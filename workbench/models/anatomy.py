@@ -96,6 +96,17 @@ def expert_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def mlp_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The module that holds a layer's FFN and nothing else, by layer index; layers with experts or without one are left out."""
+    return {index: module for index, block in enumerate(decoder_layers(model)) if (module := _find_mlp(block)) is not None}
+
+
+def mlp_linears(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The matrix products of the FFN of those layers, in the order they are defined."""
+    blocks = decoder_layers(model)
+    return {index: _mlp_products(blocks[index]) for index in mlp_modules(model)}
+
+
 def router_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The module whose weight `[E, hidden]` scores the experts, by layer index; layers where none is found are left out."""
     found = {index: _find_router(block) for index, block in enumerate(decoder_layers(model))}
@@ -203,6 +214,23 @@ def _holds_experts(module: nn.Module) -> bool:
     stacked = any(parameter.ndim == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False))
     convolution = isinstance(module, nn.modules.conv._ConvNd)
     return (stacked and not convolution) or type(module).__name__.endswith(("MoE", "Moe"))
+
+
+def _mlp_products(block: nn.Module) -> list[nn.Module]:
+    return [module for module, component, _ in _products(block) if component == "mlp"]
+
+
+def _find_mlp(block: nn.Module) -> nn.Module | None:
+    """The innermost module with all of a dense layer's FFN, called with hidden states alone."""
+    products = set(_mlp_products(block))
+    if not products or _find_experts(block) is not None:
+        return None
+    holders = [module for module in block.modules() if products <= set(module.modules()) and _find_attention(module) is None]
+    holders = [module for module in holders if not isinstance(module, nn.ModuleList) and module not in products]
+    if not holders or any(component == "router" for _, component, _ in _products(block)):
+        return None
+    needed = [each for each in inspect.signature(holders[-1].forward).parameters.values() if each.default is each.empty]
+    return holders[-1] if len(needed) == 1 else None
 
 
 def _is_told_its_experts(module: nn.Module) -> bool:

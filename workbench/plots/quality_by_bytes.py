@@ -45,7 +45,7 @@ def quality_by_bytes(found: pd.DataFrame, y: str = "kl_to_dense", title: str = "
                 row=1,
                 col=column,
             )
-    figure.update_xaxes(tickformat=".3~s", ticksuffix="B", rangemode="tozero")
+    figure.update_xaxes(type="log", tickformat=".3~s", ticksuffix="B", dtick="D2")
     heading = f"Quality against FFN weights read<br><sub>{plain(title)}</sub>" if title else "Quality against FFN weights read"
     style(figure, heading, "weights read a token (modelled)", _QUALITY[y], height=430)
     figure.update_xaxes(title_text="weights read a token (modelled)")

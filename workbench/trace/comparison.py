@@ -65,12 +65,21 @@ class Row:
     rerouted: tuple[int, int, int, int] | None = None
     """Layers where a routing method changed what is computed, of how many it saw, and steps; None without one."""
 
+    decoded: tuple[int, int] | None = None
+    """Tokens that a decoding method took from a draft or another model, of all it found; None without one."""
+    decoding: tuple[tuple[str, float], ...] = ()
+    """What a decoding method says of itself, by name; a sample on average."""
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Row:
         """A row from what `asdict` and JSON made of it. Raises KeyError or TypeError for something else."""
         values = {column.name: data[column.name] for column in fields(cls) if column.name in data or column.default is MISSING}
         if values.get("rerouted") is not None:
             values["rerouted"] = tuple(values["rerouted"])
+        if values.get("decoded") is not None:
+            values["decoded"] = tuple(values["decoded"])
+        if "decoding" in values:
+            values["decoding"] = tuple((str(name), float(value)) for name, value in values["decoding"])
         depths = tuple((int(depth), float(score)) for depth, score in values["depth_scores"])
         return cls(**{**values, "turn_scores": tuple(values["turn_scores"]), "depth_scores": depths})
 
@@ -81,6 +90,8 @@ class Row:
         if self.rerouted is not None:
             layers, all_layers, steps, all_steps = self.rerouted
             said.append(f"routing {layers}/{all_layers} layers, {steps}/{all_steps} steps")
+        if self.decoded is not None:
+            said.append(f"decoding {self.decoded[0]}/{self.decoded[1]} tokens")
         return "; ".join(said) or "nothing to do"
 
 
@@ -96,7 +107,7 @@ class Comparison(RichDisplay):
     @property
     def table(self) -> pd.DataFrame:
         """One row a setup."""
-        several = ("turn_scores", "depth_scores", "rerouted")
+        several = ("turn_scores", "depth_scores", "rerouted", "decoded", "decoding")
         return pd.DataFrame([{**asdict(row), "fired": row.fired} for row in self.rows]).drop(columns=list(several))
 
     @property
@@ -110,6 +121,12 @@ class Comparison(RichDisplay):
         """Scores by where the answer stands, in percent of the context: one row a setup, one column a depth; may be empty."""
         scores = [dict(row.depth_scores) for row in self.rows]
         return pd.DataFrame(scores, index=pd.Index([row.setup for row in self.rows], name="setup"))
+
+    @property
+    def decoding(self) -> pd.DataFrame:
+        """What decoding methods say of themselves, such as tokens accepted a pass: one row a setup that has one."""
+        rows = [row for row in self.rows if row.decoding]
+        return pd.DataFrame([dict(row.decoding) for row in rows], index=pd.Index([row.setup for row in rows], name="setup"))
 
     @property
     def settings(self) -> str:

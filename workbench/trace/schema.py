@@ -81,7 +81,7 @@ TABLES: dict[str, pa.Schema] = {
     ),
     # What a routing method computed in one layer. `changed` = tokens for which it was something else than the model would have;
     # FLOPs and bytes, where given, stand in for those that follow from shapes, or come on top where the component is `method`;
-    # `weight_bytes` = the part of `bytes` that are weights.
+    # `weight_bytes` = the part of `bytes` that are weights. Layer -1: of another model that a decoding method runs beside it.
     "work": pa.schema(
         [
             ("step", _INT),
@@ -164,7 +164,11 @@ TABLES: dict[str, pa.Schema] = {
 REHEARSAL = "rehearsal"
 """Tokens run after a prompt so that a method may see what they look at, and taken out of the cache again."""
 
-PHASES = ("prefill", REHEARSAL, "append", "decode")
+DRAFT, VERIFY, CATCH_UP = "draft", "verify", "catch-up"
+"""Under a decoding method: a token that something smaller than the model computes, tokens that the model reads and may take
+back, and tokens of the text that one of two models had not read."""
+
+PHASES = ("prefill", REHEARSAL, "append", "decode", DRAFT, VERIFY, CATCH_UP)
 
 ENERGY_PERIOD_S = 0.1
 """NVML's energy counter moves about every 100 ms.

@@ -40,7 +40,13 @@ _LARGEST_MAP = 2**28
 """Layers times positions: maps hold a number for each."""
 _MOST_EXPERTS = 4096
 """Of a layer; figures hold a number for each pair."""
-_NONE_IS_MINUS_ONE = {("spans", "layer"), ("evictions", "head"), ("evictions", "into"), ("importance", "head")}
+_NONE_IS_MINUS_ONE = {
+    ("spans", "layer"),
+    ("evictions", "head"),
+    ("evictions", "into"),
+    ("importance", "head"),
+    ("work", "layer"),
+}
 _SIZES = 2**48
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.trace.schema import REHEARSAL, phase_of
+from workbench.trace.schema import CATCH_UP, DRAFT, REHEARSAL, VERIFY, phase_of
 
 TERMS = ("1", "t", "n", "tn", "b", "bt", "bn", "btn")
 """Products of batch `b`, new tokens a row `t` and key slots `n`, in the order of a polynomial's coefficients."""
@@ -21,7 +21,7 @@ EXPERT_TERMS = ("1", "t", "h", "th")
 
 def regime(phase: str, batch: int, tokens: int, padding_mask: bool) -> str:
     """The name of the kind of call whose operations have the same polynomials: eager code copies less for one row."""
-    if phase == REHEARSAL:  # to the model's code, tokens that follow others
+    if phase in (REHEARSAL, DRAFT, VERIFY, CATCH_UP):  # to the model's code, tokens that follow others
         phase = phase_of(tokens // batch, past=1)
     return " ".join([phase, *(["batched"] if batch > 1 else []), *(["masked"] if padding_mask else [])])
 

@@ -55,6 +55,25 @@ class RoutingMethod(Method):
 
 
 @dataclass(frozen=True)
+class FfnMethod(RoutingMethod):
+    """A method of dense FFNs."""
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raises UserError for a model without a dense FFN."""
+        if not dense_layers(anatomy):
+            raise UserError(
+                f"{self.name!r} acts on dense FFNs, and {anatomy.class_name} has none; choose a dense model such as "
+                "tiny-dense, or another method."
+            )
+
+
+def dense_layers(anatomy: Anatomy) -> list[int]:
+    """The layers that have an FFN and no experts."""
+    products = {layer.index: {linear.component for linear in layer.linears} for layer in anatomy.layers}
+    return [layer.index for layer in anatomy.layers if layer.experts is None and "mlp" in products[layer.index]]
+
+
+@dataclass(frozen=True)
 class ExpertMethod(RoutingMethod):
     """A method of mixtures of experts."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import nn
 
-from workbench.cost.ffn import resident_bytes, weights_bytes
+from workbench.engine.banks import banks_of
 from workbench.engine.calibration import Samples
 from workbench.engine.call import Call
 from workbench.engine.experts import OwnBank, RouteState, expert_forwards
@@ -19,8 +19,8 @@ from workbench.engine.routed import routed
 from workbench.errors import UserError
 from workbench.methods.base import knob, register
 from workbench.methods.routing.base import ExpertMethod
-from workbench.methods.routing.quantised import PackedExpert, experts_of, kept, nested
-from workbench.models.fingerprint import fingerprint
+from workbench.methods.routing.quantised import PackedBank, PackedExpert, experts_of, nested
+from workbench.trace.anatomy import Anatomy
 
 if TYPE_CHECKING:
     from workbench.models.load import LM
@@ -75,6 +75,11 @@ class D2MoE(ExpertMethod):
     )
     group: int = knob(128, low=8, high=4096, unit="weights", help="Weights that share a scale.")
 
+    @classmethod
+    def identity(cls, anatomy: Anatomy) -> Self:
+        """No quantisation."""
+        return cls(bits=NONE)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         most = BASE + LEVELS - 1
@@ -97,10 +102,11 @@ class D2MoE(ExpertMethod):
         for done, tokens in enumerate(texts, 1):
             seen.append(list(routed(lm, tokens)[0].values()))
             samples.advance(done, len(texts))
+        planes = banks_of(_Planes(self.group), lm)
         routers, by_error, by_weight = [], [], []
         for (layer, module, experts), states in zip(experts_of(lm.model, lm.anatomy), zip(*seen, strict=True), strict=True):
             own = OwnBank(module, experts, lm.anatomy.element_bytes)
-            packed = self._packed(lm)[layer]
+            packed = planes[layer].experts
             routers.append(torch.stack([_fitted(own, packed, expert, states) for expert in range(experts.num_experts)]))
             by_error.append(_quantiles(torch.cat([expected_error(state, routers[-1]).flatten() for state in states])))
             by_weight.append(_quantiles(torch.cat([state.weights.flatten() for state in states])))
@@ -112,7 +118,7 @@ class D2MoE(ExpertMethod):
             return {}
         size, modules = lm.anatomy.element_bytes, experts_of(lm.model, lm.anatomy)
         own = {layer: OwnBank(module, experts, size) for layer, module, experts in modules}
-        banks = {layer: NestedBank(own[layer], experts) for layer, experts in self._packed(lm).items()}
+        banks = {layer: NestedBank(own[layer], bank.experts) for layer, bank in self.banks(lm).items()}
 
         def route(state: RouteState) -> None:
             bank = banks[state.layer]
@@ -154,28 +160,28 @@ class D2MoE(ExpertMethod):
         (tokens, width), pairs = state.hidden.shape, state.experts.numel()
         return 2 * pairs * width, state.hidden.element_size() * (tokens * width + state.num_experts * (width + 1))
 
-    def resident_bytes(self, lm: LM) -> int:
-        """All planes and scales as they are held, and FFNs that all tokens share."""
-        if self.bits == NONE:
-            return resident_bytes(lm.anatomy)
-        size = lm.anatomy.element_bytes
-        own = sum(each.num_experts * weights_bytes(each.linears, size) for _, _, each in experts_of(lm.model, lm.anatomy))
-        held = sum(expert.nbytes() for experts in self._packed(lm).values() for expert in experts)
-        return resident_bytes(lm.anatomy) - own + held
+    def banks(self, lm: LM) -> Mapping[int, PackedBank]:
+        """All planes of all experts, as they are held."""
+        return {} if self.bits == NONE else banks_of(_Planes(self.group), lm)
 
-    def _packed(self, lm: LM) -> dict[int, list[PackedExpert]]:
-        def build() -> dict[int, list[PackedExpert]]:
-            return {
-                layer: [
-                    PackedExpert(
-                        module, expert, lm.anatomy.hidden_size, lambda matrix: nested(matrix, BASE, LEVELS, self.group)
-                    )
-                    for expert in range(experts.num_experts)
-                ]
-                for layer, module, experts in experts_of(lm.model, lm.anatomy)
-            }
 
-        return kept(lm.model, (self.name, self.group, fingerprint(lm)), build)
+@dataclass(frozen=True)
+class _Planes:
+    """Experts in nested bits, which methods that differ in what tokens are given share."""
+
+    group: int
+    calibration: ClassVar[None] = None
+
+    def banks(self, lm: LM) -> dict[int, PackedBank]:
+        """Packs them."""
+        banks = {}
+        for layer, module, experts in experts_of(lm.model, lm.anatomy):
+            packed = [
+                PackedExpert(module, expert, lm.anatomy.hidden_size, lambda matrix: nested(matrix, BASE, LEVELS, self.group))
+                for expert in range(experts.num_experts)
+            ]
+            banks[layer] = PackedBank(module, experts, lm.anatomy.element_bytes, packed)
+        return banks
 
 
 class NestedBank:

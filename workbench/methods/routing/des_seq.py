@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from workbench.engine.experts import Routed, RouteState
 from workbench.methods.base import knob, register
 from workbench.methods.routing.base import ExpertMethod
 from workbench.methods.routing.coreset import decision_bytes, favourites, route_inside
+from workbench.trace.anatomy import Anatomy
 
 
 @register
@@ -28,6 +29,7 @@ class DesSeq(ExpertMethod):
         "A gate that chooses groups of experts first prefers these inside the coreset, and goes to others where they lack.",
     )
 
+    tokenwise: ClassVar[bool] = False
     sweep: ClassVar[tuple[dict[str, int], ...]] = ({"k": 1},)
 
     k: int = knob(
@@ -36,6 +38,11 @@ class DesSeq(ExpertMethod):
         unit="experts",
         help="Experts each token puts into the coreset; from the model's own top-k on nothing changes.",
     )
+
+    @classmethod
+    def identity(cls, anatomy: Anatomy) -> Self:
+        """Every token's whole choice is in the coreset."""
+        return cls(k=max(layer.experts.top_k for layer in anatomy.layers if layer.experts is not None))
 
     def route(self, state: RouteState) -> Routed | None:
         """Every token's best experts of the union of all first `k`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -11,6 +11,7 @@ from workbench.engine.experts import Routed, RouteState
 from workbench.methods.base import knob, register
 from workbench.methods.routing.base import ExpertMethod
 from workbench.methods.routing.coreset import decision_bytes, favourites, route_inside
+from workbench.trace.anatomy import Anatomy
 
 
 @register
@@ -31,9 +32,15 @@ class DesVote(ExpertMethod):
         "A gate that chooses groups of experts first prefers these inside the coreset, and goes to others where they lack.",
     )
 
+    tokenwise: ClassVar[bool] = False
     sweep: ClassVar[tuple[dict[str, float], ...]] = tuple({"beta": beta} for beta in (0.75, 0.5, 0.375, 0.25, 0.125))
 
     beta: float = knob(0.6, low=0.0, high=1.0, help="Size of the coreset, as a share of the layer's experts.")
+
+    @classmethod
+    def identity(cls, anatomy: Anatomy) -> Self:
+        """All experts are elected."""
+        return cls(beta=1.0)
 
     def size(self, num_experts: int) -> int:
         """Experts in the coreset."""

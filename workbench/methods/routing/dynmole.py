@@ -35,8 +35,8 @@ class DynMoLE(ExpertMethod):
         {"threshold": math.inf, "keep_top_k": 1, "top_p": top_p} for top_p in (0.9, 0.75, 0.5, 0.25)
     )
     deviations: ClassVar[tuple[str, ...]] = (
-        "It routes to the experts of a trained mixture; the paper's are low-rank adapters, and their router is trained with "
-        "this rule, its entropy in the loss.",
+        "It routes to the experts of a trained mixture; the paper's are low-rank adapters, their router trained with this "
+        "rule and its entropy in the loss.",
         "Weights are made of the chosen as the model's own gate does, renormalised or not, so that outputs keep their scale; "
         "the paper's are the probabilities as they are.",
         "Experts are taken in the order of the model's gate, which may have a bias or groups; the probabilities are a softmax "

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from workbench.cost.ffn import resident_bytes, weights_bytes
+from workbench.engine.banks import banks_of
 from workbench.engine.calibration import Samples
 from workbench.engine.call import Call
 from workbench.engine.experts import Bank, OwnBank, Routed, RouteState, expert_forwards
@@ -22,9 +22,9 @@ from workbench.errors import UserError
 from workbench.methods.base import knob, register
 from workbench.methods.routing.base import ExpertMethod
 from workbench.methods.routing.budgets import WIDTHS, bits_by_expert, least_bits
-from workbench.methods.routing.quantised import Packed, PackedBank, PackedExpert, experts_of, kept, rounded, signs
+from workbench.methods.routing.quantised import Packed, PackedBank, PackedExpert, experts_of, rounded, signs
 from workbench.models.anatomy import attention_modules
-from workbench.trace.anatomy import Anatomy
+from workbench.trace.anatomy import Anatomy, Experts
 
 if TYPE_CHECKING:
     from workbench.models.load import LM
@@ -48,6 +48,7 @@ class McMoE(ExpertMethod):
     name: ClassVar[str] = "mc-moe"
     paper: ClassVar[str] = "Huang et al. 2024, arXiv 2410.06270"
     calibrated_by: ClassVar[tuple[str, ...]] = ("group",)
+    tokenwise: ClassVar[bool] = False
     deviations: ClassVar[tuple[str, ...]] = (
         "Weights are rounded to nearest (1 bit: signs), without GPTQ's compensation, and attention keeps its precision (paper: "
         "4 bits).",
@@ -78,6 +79,11 @@ class McMoE(ExpertMethod):
     gamma: float = knob(2.0, low=0.0, help="Exponent of its error in few bits.")
     group: int = knob(128, low=8, high=4096, unit="weights", help="Weights that share a scale.")
 
+    @classmethod
+    def identity(cls, anatomy: Anatomy) -> Self:
+        """No quantisation, and nothing left out."""
+        return cls(bits=NONE, pruning=False)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if max(WIDTHS) < self.bits < NONE:
@@ -107,7 +113,7 @@ class McMoE(ExpertMethod):
         lm, texts = samples.lm, [document.tokens for document in samples.documents]
         modules = list(experts_of(lm.model, lm.anatomy))
         total = len(texts) * (1 + len(modules))
-        tables = [_LayerTables(module, lm, experts.num_experts, self.group) for _, module, experts in modules]
+        tables = [_LayerTables(module, experts, lm, self.group) for _, module, experts in modules]
         dense = 0.0
         for done, tokens in enumerate(texts, 1):
             states, logits = routed(lm, tokens)
@@ -136,22 +142,7 @@ class McMoE(ExpertMethod):
         """Experts in few bits."""
         if self.bits == NONE:
             return {}
-        widths = self.widths()
-        return kept(lm.model, (self.name, self.calibration.model, self.group, widths), lambda: self._packed(lm, widths))
-
-    def _packed(self, lm: LM, widths: tuple[tuple[int, ...], ...]) -> dict[int, PackedBank]:
-        banks = {}
-        for (layer, module, experts), of_layer in zip(experts_of(lm.model, lm.anatomy), widths, strict=True):
-            packed = [_packed(module, expert, lm, bits, self.group) for expert, bits in enumerate(of_layer)]
-            banks[layer] = PackedBank(module, experts, lm.anatomy.element_bytes, packed)
-        return banks
-
-    def resident_bytes(self, lm: LM) -> int:
-        """Codes, scales and zero points as they are held, and FFNs that all tokens share."""
-        banks, size = self.banks(lm), lm.anatomy.element_bytes
-        replaced = [lm.anatomy.layers[layer].experts for layer in banks]
-        own = sum(experts.num_experts * weights_bytes(experts.linears, size) for experts in replaced)
-        return resident_bytes(lm.anatomy) - own + sum(sum(bank.weight_bytes) for bank in banks.values())
+        return banks_of(_Packing(self.group, self.widths()), lm)
 
     def pruned_layers(self, lm: LM) -> dict[int, float]:
         """The layers in which experts are left out, and the share of the first weight that the last must reach."""
@@ -226,6 +217,23 @@ def _pruning(ratios: Mapping[int, float], protected: Any = lambda state: None):
     return route
 
 
+@dataclass(frozen=True)
+class _Packing:
+    """Experts at given widths, which methods that differ in what they leave out share."""
+
+    group: int
+    widths: tuple[tuple[int, ...], ...]
+    calibration: ClassVar[None] = None
+
+    def banks(self, lm: LM) -> dict[int, PackedBank]:
+        """Packs them."""
+        banks = {}
+        for (layer, module, experts), widths in zip(experts_of(lm.model, lm.anatomy), self.widths, strict=True):
+            packed = [packed_expert(module, expert, lm, bits, self.group) for expert, bits in enumerate(widths)]
+            banks[layer] = PackedBank(module, experts, lm.anatomy.element_bytes, packed)
+        return banks
+
+
 class _Watch:
     """Lets an attention of a prompt say what each token received."""
 
@@ -246,9 +254,10 @@ class _Watch:
 class _LayerTables:
     """What calibration texts say of one layer's experts."""
 
-    def __init__(self, module: nn.Module, lm: LM, num_experts: int, group: int):
-        self._own = OwnBank(module, _experts(lm, module), lm.anatomy.element_bytes)
-        self._packed = [[_packed(module, expert, lm, bits, group) for bits in WIDTHS] for expert in range(num_experts)]
+    def __init__(self, module: nn.Module, experts: Experts, lm: LM, group: int):
+        num_experts = experts.num_experts
+        self._own = OwnBank(module, experts, lm.anatomy.element_bytes)
+        self._packed = [[packed_expert(module, expert, lm, bits, group) for bits in WIDTHS] for expert in range(num_experts)]
         self.freq, self.weight = torch.zeros(2, num_experts)
         self.errors = torch.zeros(num_experts, len(WIDTHS))
         self._ratios: list[torch.Tensor] = []
@@ -271,11 +280,9 @@ class _LayerTables:
         return float(torch.cat(self._ratios).float().median())
 
 
-def _experts(lm: LM, module: nn.Module):
-    return next(experts for _, each, experts in experts_of(lm.model, lm.anatomy) if each is module)
+def packed_expert(module: nn.Module, expert: int, lm: LM, bits: int, group: int) -> PackedExpert:
+    """One expert rounded to so many bits; one bit is signs."""
 
-
-def _packed(module: nn.Module, expert: int, lm: LM, bits: int, group: int) -> PackedExpert:
     def quantise(matrix: torch.Tensor) -> tuple[Packed]:
         return (signs(matrix, group) if bits == 1 else rounded(matrix, bits, group),)
 

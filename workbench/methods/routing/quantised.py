@@ -8,10 +8,9 @@ Shapes: a matrix is `[R, C]`; G groups a row, the last one shorter if the size d
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,6 @@ from torch import nn
 from workbench.engine.experts import OwnBank, alone, apply
 from workbench.models.anatomy import expert_modules
 from workbench.trace.anatomy import Anatomy, Experts
-
-_KEPT = 4
-"""Sets of weights kept for a model at once."""
 
 _SMALLEST = 2.0**-24
 """The smallest half-precision number above 0."""
@@ -201,17 +197,3 @@ def experts_of(model: nn.Module, anatomy: Anatomy) -> Iterator[tuple[int, nn.Mod
     """Layer, experts module and its anatomy, of every layer that has one."""
     for layer, module in expert_modules(model).items():
         yield layer, module, anatomy.layers[layer].experts
-
-
-_kept: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
-
-
-def kept(model: nn.Module, key: Hashable, build: Callable[[], Any]) -> Any:
-    """What `build` makes, kept with a model for whoever asks with the same key; the oldest of a few gives way."""
-    known = _kept.setdefault(model, {})
-    if key not in known:
-        made = build()
-        while len(known) >= _KEPT:
-            del known[next(iter(known))]
-        known[key] = made
-    return known[key]

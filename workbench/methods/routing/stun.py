@@ -58,7 +58,9 @@ class STUN(ExpertMethod):
     paper: ClassVar[str] = "Lee et al. 2024, arXiv 2409.06211"
     calibrated_by: ClassVar[tuple[str, ...]] = ()
     calibrated_on: ClassVar[str] = "recall and prose"
-    sweep: ClassVar[tuple[Mapping[str, Any], ...]] = tuple({"kept": kept, "sparsity": 0.0} for kept in (0.9, 0.8, 0.7, 0.5))
+    sweep: ClassVar[tuple[Mapping[str, Any], ...]] = tuple(
+        {"kept": kept, "sparsity": 0.0, "mix": 10.0} for kept in (0.9, 0.75, 0.6, 0.5)
+    )
     deviations: ClassVar[tuple[str, ...]] = (
         "The number of experts asked for is met exactly: at the lowest threshold that leaves no more, merging stops there; the "
         "paper's code takes what its binary search ends with.",
