@@ -19,7 +19,7 @@ from workbench.engine.attention import engine_attention
 from workbench.engine.cache import allocate, engine_cache, swap_policy
 from workbench.engine.call import Call, Work
 from workbench.engine.check import check_engine
-from workbench.engine.decoding import Generated, check_decoding
+from workbench.engine.decoding import Generated
 from workbench.engine.rehearsal import plan, rehearse
 from workbench.engine.replacing import Replacement, replacement, rerouted, work_rows
 from workbench.engine.setup import Method, Setup
@@ -430,10 +430,7 @@ class Session:
         return logits
 
     def _replacing(self, setup: Setup) -> Replacement:
-        """Forwards that a setup replaces. Raises UserError for methods that do not go with the model or with each other."""
-        if setup.routing is not None:
-            setup.routing.check(self.lm.anatomy)
-        check_decoding(self.lm, setup.decoding, setup.cache)
+        """Forwards that a setup replaces. Raises UserError for methods that do not go with each other."""
         return replacement(self.lm, setup.replacing, self._call)
 
     def _check_whole(self) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from workbench.engine.calibration import ready
-from workbench.engine.decoding import DecodingPolicy
+from workbench.engine.decoding import DecodingPolicy, check_decoding
 from workbench.engine.policy import CachePolicy
 from workbench.engine.replacing import RoutingPolicy
 from workbench.errors import UserError
@@ -50,10 +50,12 @@ class Setup:
     def ready(self, lm: LM) -> Setup:
         """The same setup, whose methods know their calibrations for a model.
 
-        Raises UserError if one is missing, or for a model the routing method cannot serve, which no calibration would help.
+        Raises UserError if one is missing, and first for a model or a companion that a method cannot do with, which no
+        calibration would help.
         """
         if self.routing is not None:
             self.routing.check(lm.anatomy)
+        check_decoding(lm, self.decoding, self.cache)
         return Setup(*(ready(method, lm) for method in self.methods.values()))
 
     @property
