@@ -433,7 +433,7 @@ class Session:
         """Forwards that a setup replaces. Raises UserError for methods that do not go with the model or with each other."""
         if setup.routing is not None:
             setup.routing.check(self.lm.anatomy)
-        check_decoding(self.lm, setup.decoding, setup.cache)
+        check_decoding(self.lm, setup.decoding, setup.cache, setup.routing)
         return replacement(self.lm, setup.replacing, self._call)
 
     def _check_whole(self) -> None:
