@@ -39,6 +39,7 @@ class Visitor:
     def choose(self, label: str, option: str) -> None:
         """Takes an option of a select box."""
         box = self.page.locator('[data-testid="stSelectbox"]').filter(has_text=label).first
+        box.scroll_into_view_if_needed()  # beforehand: a list closes when the page below it moves
         box.locator("input").fill(option)
         self.page.get_by_role("option", name=option, exact=True).first.click()
         self.rest()
