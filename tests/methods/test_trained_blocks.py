@@ -206,6 +206,24 @@ def test_a_cache_method_may_thin_before_tokens_are_left_out_and_not_after(lm):
         refused.prefill(PROMPT)
 
 
+def test_engram_goes_on_from_what_drafts_left(tiny):
+    """Sirius takes back what the whole model would not have said; with a threshold above 1 its text is the greedy one."""
+    block = known(tiny, wb.Engram())
+    prompt = "The function returns"
+    sessions = [wb.Session(tiny, [wb.Sirius(threshold=2.0, kernel_size=6), block]), wb.Session(tiny, block)]
+    for session in sessions:
+        session.prefill(prompt)
+    drafted, greedy = (session.generate(12, stop_at_end=False) for session in sessions)
+    assert drafted.ids == greedy.ids
+
+
+@pytest.mark.parametrize("cls", [wb.VersatileFFN, wb.MixtureOfRecursions], ids=labelled)
+def test_drafts_beside_a_block_they_cannot_go_with_are_one_sentence(tiny, cls):
+    with pytest.raises(wb.UserError) as caught:
+        wb.Session(tiny, [wb.Sirius(), cls()])
+    assert "\n" not in str(caught.value) and cls.name in str(caught.value)
+
+
 @pytest.mark.parametrize("cls", BLOCKS, ids=labelled)
 def test_two_steps_of_training_are_a_calibration(lm, cls, tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))

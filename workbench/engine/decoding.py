@@ -16,7 +16,7 @@ from torch import nn
 
 from workbench.engine.call import Call
 from workbench.engine.policy import CachePolicy
-from workbench.engine.replacing import Forward
+from workbench.engine.replacing import Forward, RoutingPolicy
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,14 +75,21 @@ class DecodingPolicy(Protocol):
         ...
 
 
-def check_decoding(lm: LM, policy: DecodingPolicy | None, cache: CachePolicy | None) -> None:
-    """Raises UserError for a decoding method that does not go with the model or with the cache method beside it."""
+def check_decoding(
+    lm: LM, policy: DecodingPolicy | None, cache: CachePolicy | None, routing: RoutingPolicy | None = None
+) -> None:
+    """Raises UserError for a decoding method that does not go with the model or with the methods beside it."""
     if policy is None:
         return
     if cache is not None and cache.capacity(_LONG) is not None:
         raise UserError(
             f"{policy.name!r} takes tokens back or has them written by another model, which does not go with {cache.name!r}, a "
             "cache method that does not keep or read every token; leave one of them out."
+        )
+    if getattr(routing, "leaves_out", False):
+        raise UserError(
+            f"{policy.name!r} takes tokens back or has them written by another model, which does not go with {routing.name!r}, "
+            "some of whose layers hold only some of the tokens; leave one of them out."
         )
     policy.check(lm)
 

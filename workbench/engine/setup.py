@@ -55,7 +55,7 @@ class Setup:
         """
         if self.routing is not None:
             self.routing.check(lm.anatomy)
-        check_decoding(lm, self.decoding, self.cache)
+        check_decoding(lm, self.decoding, self.cache, self.routing)
         return Setup(*(ready(method, lm) for method in self.methods.values()))
 
     @property

@@ -126,7 +126,7 @@ def test_the_past_is_found_by_position_and_forgets_what_was_taken_back():
     past = Past.empty(torch.zeros(1, 4)).followed(*at(-1, 0, 1, 2), count=3)
     assert past.up_to(torch.tensor([3]), 4, -9).tolist() == [[-9, 0, 1, 2]]
     positions, states = at(3, 4)
-    rehearsed = past.followed(positions, states + 100, count=None)
+    rehearsed = past.followed(positions, states + 100, count=5)
     assert rehearsed.up_to(torch.tensor([5]), 3).tolist() == [[2, 103, 104]]
     real = rehearsed.followed(*at(3), count=3)
     assert real.up_to(torch.tensor([4]), 3).tolist() == [[1, 2, 3]] and real.positions.tolist() == [[1, 2, 3]]

@@ -37,6 +37,9 @@ class RoutingMethod(Method):
     tokenwise: ClassVar[bool] = True
     """Whether what is done for a token depends on that token alone, and not on those beside it in the call."""
 
+    leaves_out: ClassVar[bool] = False
+    """Whether some layers are given, and hold, only some of the tokens."""
+
     @classmethod
     def identity(cls, anatomy: Anatomy) -> Self | None:
         """The method with knobs under which it leaves a model exactly as it is; None if there are none."""

@@ -29,6 +29,8 @@ class MixtureOfRecursions(TrainedBlock):
 
     name: ClassVar[str] = "mixture-of-recursions"
     paper: ClassVar[str] = "Bae et al. 2025, arXiv 2507.10524"
+    tokenwise: ClassVar[bool] = False
+    leaves_out: ClassVar[bool] = True
     deviations: ClassVar[tuple[str, ...]] = (
         "Made of a finished model and trained for minutes, where the paper trains from scratch: first and last layer start as "
         "the model's, the shared one as its second layer, whose two output projections are made 20 times as large, since the "

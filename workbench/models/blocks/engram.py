@@ -24,6 +24,8 @@ ORDER, HEADS, HEAD_DIM, ROWS = 3, 8, 16, 1024
 KERNEL = 4
 """Taps of the convolution, `ORDER` tokens apart."""
 _SEED_STEP = 10007
+_TAKEN_BACK = 256
+"""Tokens of a rehearsal or a draft that may be taken back at once, after which those before them are needed again."""
 
 
 def compressed(texts: Iterable[str]) -> torch.Tensor:
@@ -162,7 +164,7 @@ class Reading:
 
     What a call needs of earlier ones is kept in the session's `call.memory` by position: compressed ids, which
     n-grams begin with, and gated values, over which the convolution goes. So a branch has its own, tokens that were
-    rehearsed and taken back are not looked at, and what was run without the block is like padding. Nothing is added to
+    taken back are not looked at, and what was run without the block is like padding. Nothing is added to
     embeddings that are no token's, such as LookaheadKV's.
     """
 
@@ -216,8 +218,7 @@ class Reading:
         known = self._call.memory.get(key)
         first = self._positions[:, -1] - self._positions.shape[1] + 1
         before = Past.empty(new) if known is None else known
-        rehearsed = self._call.phase == "rehearsal"
-        self._call.memory[key] = before.followed(self._positions, new, None if rehearsed else reach)
+        self._call.memory[key] = before.followed(self._positions, new, reach + _TAKEN_BACK)
         return before.up_to(first, reach, empty)
 
 

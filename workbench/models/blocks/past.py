@@ -31,12 +31,12 @@ class Past:
         index = which.view(*which.shape, *(1,) * (states.ndim - 2))
         return states.gather(1, index.expand(*which.shape, *states.shape[2:]))
 
-    def followed(self, positions: torch.Tensor, states: torch.Tensor, count: int | None) -> Past:
-        """With the tokens of a call, in place of any that stood there; the last `count` of them, or all for None."""
+    def followed(self, positions: torch.Tensor, states: torch.Tensor, count: int) -> Past:
+        """With the tokens of a call, in place of any that stood there; the last `count` of them."""
         first = positions[:, -1:] - positions.shape[1] + 1
         stale = torch.where(self.positions >= first, -1, self.positions)
         stale, order = stale.sort(stable=True)
         known = self.states.gather(1, order.view(*order.shape, *(1,) * (self.states.ndim - 2)).expand_as(self.states))
-        start = 0 if count is None else max(0, stale.shape[1] + positions.shape[1] - count)
+        start = max(0, stale.shape[1] + positions.shape[1] - count)
         # Slices of their own, so that a prompt's states are not held as long as its last ones.
         return Past(torch.cat([stale, positions], 1)[:, start:].clone(), torch.cat([known, states], 1)[:, start:].clone())
