@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import workbench as wb
-from workbench.testing import ids
+from workbench.testing import SMALL, ids
 
 EVICTING = [cls for cls in wb.METHODS.values() if cls.slot == "cache" and cls is not wb.Dense and cls is not wb.LookaheadKV]
 METHODS = [wb.Dense(), wb.LookaheadKV(budget=0.4, mode="pseudo"), *(cls(budget=0.4) for cls in EVICTING)]
@@ -177,3 +178,11 @@ def test_two_methods_of_one_slot():
         wb.Setup(wb.H2O(), wb.SnapKV())
     with pytest.raises(wb.UserError, match="is not a method"):
         wb.Setup("h2o")
+
+
+def test_a_model_with_a_cache_of_its_own_is_refused_in_a_sentence(tiny):
+    sizes = {"num_local_experts": 4, "head_dim": 8, "layer_types": ["full_attention"] * 3}
+    config = AutoConfig.for_model("minimax", **{**SMALL, **sizes, "vocab_size": len(tiny.tokenizer)})
+    lm = wb.load((AutoModelForCausalLM.from_config(config).eval(), tiny.tokenizer))
+    with pytest.raises(wb.UserError, match="MiniMax uses cache of its own"):
+        wb.Session(lm)

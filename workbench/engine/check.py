@@ -48,7 +48,7 @@ def check_engine(model: nn.Module, anatomy: Anatomy) -> None:
                 given.append(out.logits[0].float())
     except (AttributeError, UserError) as error:
         raise UserError(_refusal(model, "its attention does not go through transformers' attention interface")) from error
-    except (TypeError, RuntimeError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UserError(_refusal(model, f"it failed with: {reason}")) from error
     gap = (torch.cat(given) - expected).abs().max() / expected.abs().max()
