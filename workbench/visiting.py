@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 _SCRIPT_RESTS = '[data-testid="stApp"][data-test-script-state="notRunning"]'
-_LOOK_S = 0.2
+_LOOK_S, _TRIES = 0.2, 6
 _FIGURES = """() => [...document.querySelectorAll('.js-plotly-plot')].filter(plot => plot._fullData).map(plot => ({
     title: plot.layout.title?.text ?? '',
     notes: (plot.layout.annotations ?? []).map(note => note.text),
@@ -38,10 +38,21 @@ class Visitor:
 
     def choose(self, label: str, option: str) -> None:
         """Takes an option of a select box."""
+        from playwright.sync_api import TimeoutError as TookTooLong
+
         box = self.page.locator('[data-testid="stSelectbox"]').filter(has_text=label).first
-        box.scroll_into_view_if_needed()  # beforehand: a list closes when the page below it moves
-        box.locator("input").fill(option)
-        self.page.get_by_role("option", name=option, exact=True).first.click()
+        field, found = box.locator("input"), self.page.get_by_role("option", name=option, exact=True).first
+        for tries_left in reversed(range(_TRIES)):  # a list closes when the page moves below it
+            field.scroll_into_view_if_needed()
+            self.page.wait_for_timeout(1000 * _LOOK_S)
+            field.fill(option)
+            try:
+                found.click(timeout=1000 * self._wait_s / _TRIES)
+                break
+            except TookTooLong:
+                if not tries_left:
+                    raise
+                field.blur()
         self.rest()
 
     def fill(self, label: str, value: Any) -> None:
