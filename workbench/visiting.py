@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 _SCRIPT_RESTS = '[data-testid="stApp"][data-test-script-state="notRunning"]'
-_LOOK_S, _TRIES = 0.2, 6
+_LOOK_S, _TRIES = 0.2, 12
 _FIGURES = """() => [...document.querySelectorAll('.js-plotly-plot')].filter(plot => plot._fullData).map(plot => ({
     title: plot.layout.title?.text ?? '',
     notes: (plot.layout.annotations ?? []).map(note => note.text),

@@ -54,7 +54,7 @@ def test_a_live_run_with_a_swap_in_the_middle(visitor):
     visitor.see("Idle.")
     assert any("streaming-llm" in note for note in figure["notes"])
     held = [value for trace in figure["traces"] for value in trace["y"] or [] if value is not None]
-    assert min(held) < max(held) / 4  # the curve bends: SnapKV held a fifth of 512 tokens and what came, and now 32 are held
+    assert min(held) < max(held) / 2  # the curve bends: SnapKV held a fifth of 512 tokens and what came, and now 32 are held
     for title in ("Tokens held", "ntropy", "KL"):
         assert any(title in each["title"] for each in visitor.figures()), title
 
