@@ -37,11 +37,11 @@ class TrainedBlock(RoutingMethod):
 
     def build(self, lm: LM) -> nn.Module:
         """The block as it is before training."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must say what it trains: define build(lm).")
 
     def placed(self, block: nn.Module, lm: LM, call: Call | None) -> Mapping[nn.Module, Forward]:
         """What runs in place of which of the model's modules; without a call while it is trained or measured."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must say where its block is put: define placed(block, lm, call).")
 
     def check(self, anatomy: Anatomy) -> None:
         """Raises UserError for a model whose layers are not Llama's: two norms, attention and a gated FFN without experts."""
